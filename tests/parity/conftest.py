@@ -1,14 +1,14 @@
 """The reference models: small models in the original's layout, with the original's own inputs and outputs.
 
 `tests/fixtures/golden/<name>/` holds for each of them
-  original.pth.xz      the checkpoint, half precision (unused token embeddings are zero, hence the compression)
+  original.pth.gz      the checkpoint, half precision (unused token embeddings are zero, hence the compression)
   io.safetensors       images, token ids, every tap of the forward pass, losses
   grads.safetensors    gradient of the summed loss for every trainable parameter, under the original's names
   meta.json            sizes, vocabulary, templates
 """
 
+import gzip
 import json
-import lzma
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +109,7 @@ def goldens(tmp_path_factory) -> dict[str, Golden]:
     models = {}
     for name in GOLDEN_NAMES:
         checkpoint = folder / f"{name}.pth"
-        checkpoint.write_bytes(lzma.decompress((GOLDEN / name / "original.pth.xz").read_bytes()))
+        checkpoint.write_bytes(gzip.decompress((GOLDEN / name / "original.pth.gz").read_bytes()))
         models[name] = Golden(name, checkpoint)
     return models
 
