@@ -1,0 +1,182 @@
+"""Where SAN touches CLIP: shallow feature maps out of, and mask recognition inside, a stock `CLIPVisionModel`.
+
+This is the one file that knows CLIPVisionModel's inner parts. The original runs the deep layers on one sequence
+[recognition tokens, class, patches] under a dense additive mask. In it the image tokens (class and patches) never see
+the recognition tokens, and a recognition token sees the patches, with its bias, and itself. So the same function is a
+plain pass of the image tokens plus one biased cross attention per layer, and that is what runs here: the stock layer
+gets [class, patches, recognition] and does all its linear maps, norms and MLPs on it, while the attention function
+registered below keeps the two groups apart. Adapters, quantised linears and gradient checkpointing of the layers work
+as ever, since no layer code is replaced.
+Shapes: B images, Q queries, W CLIP's width, Hc x Wc CLIP's grid, N = Hc * Wc, h CLIP's heads.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, CLIPVisionModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
+
+
+RECOGNITION_ATTENTION = "san_recognition"
+
+
+def recognition_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    recognition_attentions: list[torch.Tensor] | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention of a deep CLIP layer over [class, patches, R recognition tokens].
+
+    Args:
+        module: the layer's `CLIPAttention`.
+        query, key, value: (B, h, 1 + N + R, head_dim).
+        attention_mask: additive mask (B, h or 1, R, N + R) of the recognition tokens over [patches, recognition]. With
+            None there are no recognition tokens and this is CLIP's own attention.
+        scaling: factor of the dot products.
+        dropout: dropout rate of the attention weights.
+        recognition_attentions: a list to which the recognition tokens' weights (B, h, R, N + R) are appended.
+
+    Returns:
+        (B, 1 + N + R, h, head_dim), and no weights.
+    """
+    implementation = module.config.image_config._attn_implementation
+    image_attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    if attention_mask is None:
+        return image_attention(module, query, key, value, None, scaling=scaling, dropout=dropout, **kwargs)
+    num_image_tokens = query.shape[2] - attention_mask.shape[2]
+    image_output, _ = image_attention(
+        module,
+        query[:, :, :num_image_tokens],
+        key[:, :, :num_image_tokens],
+        value[:, :, :num_image_tokens],
+        None,
+        scaling=scaling,
+        dropout=dropout,
+        **kwargs,
+    )
+    # Of the fused kernels only sdpa takes an arbitrary additive mask; only eager has weights to return.
+    eager = implementation == "eager" or recognition_attentions is not None
+    biased_attention = eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS["sdpa"]
+    recognition_output, weights = biased_attention(
+        module,
+        query[:, :, num_image_tokens:],
+        key[:, :, 1:],
+        value[:, :, 1:],
+        attention_mask,
+        scaling=scaling,
+        dropout=dropout,
+        **kwargs,
+    )
+    if recognition_attentions is not None:
+        recognition_attentions.append(weights)
+    return torch.cat([image_output, recognition_output], dim=1), None
+
+
+AttentionInterface.register(RECOGNITION_ATTENTION, recognition_attention_forward)
+
+
+def hook_attention_bias(vision_model: CLIPVisionModel, recognition_layer: int) -> None:
+    """
+    Makes the deep layers of a stock `CLIPVisionModel` use [`recognition_attention_forward`], in place.
+
+    Transformers picks a layer's attention function by its configuration. The deep layers get a copy that names ours and
+    remembers the model's own (`image_config`), so that `set_attn_implementation` still decides how the image tokens
+    attend, at any time.
+    """
+    deep_config = copy.copy(vision_model.config)
+    deep_config._attn_implementation = RECOGNITION_ATTENTION
+    deep_config.image_config = vision_model.config
+    for layer in vision_model.encoder.layers[recognition_layer:]:
+        layer.self_attn.config = deep_config
+
+
+def encode_shallow(
+    vision_model: CLIPVisionModel, pixel_values: torch.Tensor, recognition_layer: int
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """
+    Runs CLIP's shallow layers.
+
+    Args:
+        vision_model: the stock CLIP vision encoder.
+        pixel_values: (B, channels, height, width), normalised; any size of at least one patch.
+        recognition_layer: the number of shallow layers.
+
+    Returns:
+        The feature maps after layers 0 (the pre-layer-norm) to `recognition_layer`, each (B, W, Hc, Wc), and the
+        last one's tokens (B, 1 + N, W), class token first.
+    """
+    embeddings = vision_model.embeddings
+    grid = tuple(side // embeddings.patch_size for side in pixel_values.shape[-2:])
+    hidden_states = vision_model.pre_layrnorm(embeddings(pixel_values, interpolate_pos_encoding=True))
+    feature_maps = []
+    for layer in (None, *vision_model.encoder.layers[:recognition_layer]):
+        if layer is not None:
+            hidden_states = layer(hidden_states, None)
+        feature_maps.append(hidden_states[:, 1:].transpose(1, 2).unflatten(2, grid))
+    return feature_maps, hidden_states
+
+
+def pool_attention_bias(attention_bias: torch.Tensor, grid: tuple[int, int], pooling: str) -> torch.Tensor:
+    """Brings the attention bias (B, n, heads, Q, Hs, Ws) to CLIP's grid and flattens it: (B, n, heads, Q, N)."""
+    maps = attention_bias.flatten(1, 3)  # (B, n * heads * Q, Hs, Ws)
+    if maps.shape[-2:] != grid:
+        if pooling == "max":
+            maps = F.adaptive_max_pool2d(maps, grid)
+        elif pooling == "avg":
+            maps = F.adaptive_avg_pool2d(maps, grid)
+        elif pooling == "nearest":
+            maps = F.interpolate(maps, size=grid, mode="nearest")
+        else:
+            maps = F.interpolate(maps, size=grid, mode=pooling, align_corners=False)
+    return maps.flatten(2).unflatten(1, attention_bias.shape[1:4])
+
+
+def recognize(
+    vision_model: CLIPVisionModel,
+    hidden_states: torch.Tensor,
+    recognition_tokens: torch.Tensor,
+    attention_bias: torch.Tensor,
+    recognition_layer: int,
+    output_attentions: bool = False,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """
+    Runs CLIP's deep layers with recognition tokens beside the image's, each steered by its attention bias.
+
+    Args:
+        vision_model: the stock CLIP vision encoder, prepared by [`hook_attention_bias`].
+        hidden_states: the tokens after the shallow layers, (B, 1 + N, W).
+        recognition_tokens: (B, R, W). They are independent of each other, so those of several supervised layers can
+            share the pass.
+        attention_bias: (B, n, h or 1, R, N), n being 1 or the number of deep layers.
+        recognition_layer: the number of shallow layers.
+        output_attentions: whether to return the recognition tokens' attention weights.
+
+    Returns:
+        CLIP's post-layer-norm of the recognition tokens, (B, R, W); and for each deep layer, if asked for, the weights
+        (B, h, R, N + R) over the patches and the recognition tokens.
+    """
+    num_tokens = recognition_tokens.shape[1]
+    # Beside the patches, a recognition token sees itself only.
+    itself = torch.full(
+        (num_tokens, num_tokens), float("-inf"), dtype=attention_bias.dtype, device=attention_bias.device
+    ).fill_diagonal_(0.0)
+    mask = torch.cat([attention_bias, itself.expand(*attention_bias.shape[:4], num_tokens)], dim=-1)
+    masks = mask.to(hidden_states.dtype).unbind(1)  # n x (B, h or 1, R, N + R)
+
+    kwargs = {"recognition_attentions": []} if output_attentions else {}
+    hidden_states = torch.cat([hidden_states, recognition_tokens], dim=1)
+    for i, layer in enumerate(vision_model.encoder.layers[recognition_layer:]):
+        # The mask goes by position: reentrant gradient checkpointing drops the gradients of keyword arguments.
+        hidden_states = layer(hidden_states, masks[i % len(masks)], **kwargs)
+    recognized = vision_model.post_layernorm(hidden_states[:, -num_tokens:])
+    return recognized, kwargs.get("recognition_attentions", [])

@@ -1,0 +1,576 @@
+"""SAN, the Side Adapter Network for open-vocabulary semantic segmentation (Xu et al., CVPR 2023, arXiv 2302.12242).
+
+A frozen CLIP recognises; a light side network proposes masks and predicts attention biases that steer CLIP's own deep
+layers to look at each mask. `forward` of the two models below is the paper's figure 2, from left to right.
+Shapes: B images, Q queries, C classes, D CLIP's joint embedding width, W its vision width, Hc x Wc its grid, h its
+vision heads; Ca the side adapter's width, Hs x Ws its grid; n bias layers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
+from .configuration_san import SANConfig
+from .loss_san import mask_classification_loss, split_semantic_map
+from .side_adapter_san import MaskDecoder, MaskDecoderMLP, SideAdapter
+
+
+# Prompts that go through the text tower at once: bounds memory for large vocabularies.
+TEXT_BATCH_SIZE = 1024
+
+
+@dataclass
+class SANModelOutput(ModelOutput):
+    """
+    Output of [`SANModel`].
+
+    Args:
+        masks_queries_logits (`torch.Tensor` of shape (B, Q, Hs, Ws)):
+            Logits of the mask proposals at the side adapter's resolution, over the whole padded image.
+        mask_embeds (`torch.Tensor` of shape (B, Q, D)):
+            What CLIP recognises in each mask: L2-normalised, in CLIP's joint embedding space.
+        attention_bias (`torch.Tensor` of shape (B, n, h or 1, Q, Hs, Ws)):
+            Attention bias of each query before it is pooled to CLIP's grid.
+        image_sizes (`torch.Tensor` of shape (B, 2), *optional*):
+            The (height, width) before padding that came in, for post-processing.
+        auxiliary_masks_queries_logits (`tuple` of `torch.Tensor`, *optional*, with `output_auxiliary_logits`):
+            Mask logits of the earlier supervised layers, earliest first.
+        auxiliary_mask_embeds (`tuple` of `torch.Tensor`, *optional*, with `output_auxiliary_logits`):
+            Mask embeddings of the earlier supervised layers, earliest first.
+        hidden_states (`tuple` of `torch.Tensor`, *optional*, with `output_hidden_states`):
+            The side adapter's tokens before the first and after each block, (B, Q + Hs * Ws, Ca), queries first.
+        clip_feature_maps (`tuple` of `torch.Tensor`, *optional*, with `output_hidden_states`):
+            CLIP's maps after layers 0 to `recognition_layer`, (B, W, Hc, Wc).
+        attentions (`tuple` of `torch.Tensor`, *optional*, with `output_attentions`):
+            The side adapter's attention weights, (B, heads, Q + Hs * Ws, Q + Hs * Ws).
+        recognition_attentions (`tuple` of `torch.Tensor`, *optional*, with `output_attentions`):
+            For each deep CLIP layer the attention weights of the recognition tokens over CLIP's patches and the
+            recognition tokens, (B, h, R, Hc * Wc + R); R is Q times the number of supervised layers that were run.
+    """
+
+    masks_queries_logits: torch.Tensor | None = None
+    mask_embeds: torch.Tensor | None = None
+    attention_bias: torch.Tensor | None = None
+    image_sizes: torch.Tensor | None = None
+    auxiliary_masks_queries_logits: tuple[torch.Tensor, ...] | None = None
+    auxiliary_mask_embeds: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    clip_feature_maps: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    recognition_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SANForSemanticSegmentationOutput(ModelOutput):
+    """
+    Output of [`SANForSemanticSegmentation`]. `post_process_semantic_segmentation` of [`SANImageProcessor`] or
+    [`SANProcessor`] makes label maps of it.
+
+    Args:
+        loss (`torch.Tensor` of shape (), *optional*, with labels):
+            The training loss: the sum of `loss_dict`.
+        loss_dict (`dict[str, torch.Tensor]`, *optional*, with labels):
+            Its weighted parts `loss_cross_entropy`, `loss_mask`, `loss_dice` of the last supervised layer, and with
+            the suffix `_0`, `_1`, ... of the earlier ones.
+        class_queries_logits (`torch.Tensor` of shape (B, Q, C + 1)):
+            Class logits of each mask, no-object last.
+        masks_queries_logits (`torch.Tensor` of shape (B, Q, Hs, Ws)):
+            See [`SANModelOutput`], also for what is not listed here.
+        mask_embeds (`torch.Tensor` of shape (B, Q, D)):
+            L2-normalised mask embeddings.
+        class_embeds (`torch.Tensor` of shape (C + 1, D)):
+            The classifier: L2-normalised, the no-object row last.
+        auxiliary_logits (`list[dict[str, torch.Tensor]]`, *optional*, with `output_auxiliary_logits`):
+            `masks_queries_logits` and `class_queries_logits` of the earlier supervised layers, earliest first.
+    """
+
+    loss: torch.Tensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    class_queries_logits: torch.Tensor | None = None
+    masks_queries_logits: torch.Tensor | None = None
+    mask_embeds: torch.Tensor | None = None
+    class_embeds: torch.Tensor | None = None
+    attention_bias: torch.Tensor | None = None
+    image_sizes: torch.Tensor | None = None
+    auxiliary_logits: list[dict[str, torch.Tensor]] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    clip_feature_maps: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    recognition_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class SANPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and freezing shared by the SAN models."""
+
+    config_class = SANConfig
+    base_model_prefix = "model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CLIPEncoderLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings", "SideAdapter", "MaskDecoder"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, SideAdapter):
+            for tokens in (module.query_tokens, module.query_position_embeddings, module.position_embeddings):
+                init.trunc_normal_(tokens, std=self.config.initializer_range)
+        elif isinstance(module, MaskDecoderMLP):
+            for layer in module.layers:
+                init.xavier_uniform_(layer.weight)
+        elif isinstance(module, MaskDecoder):
+            if module.bias_scaling is not None:
+                init.ones_(module.bias_scaling.weight)
+                init.zeros_(module.bias_scaling.bias)
+        elif isinstance(module, SANModel):
+            clip_width = self.config.clip_config.vision_config.hidden_size
+            init.normal_(module.visual_projection.weight, std=clip_width**-0.5)
+            if module.recognition_tokens is not None:
+                init.normal_(module.recognition_tokens, std=clip_width**-0.5)
+        elif isinstance(module, SANForSemanticSegmentation):
+            init.normal_(module.text_projection.weight, std=self.config.clip_config.text_config.hidden_size**-0.5)
+            init.constant_(module.logit_scale, self.config.clip_config.logit_scale_init_value)
+            init.normal_(module.no_object_embed, std=self.config.clip_config.projection_dim**-0.5)
+            if module.class_embeds is not None:
+                init.zeros_(module.class_embeds)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """[`PreTrainedModel.from_pretrained`], and CLIP frozen as `config.freeze_clip` says."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        # Loading makes new parameters, all of them trainable.
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_clip()
+        return loaded
+
+    def freeze_clip(self):
+        """Freezes CLIP but for its vision position embeddings, if `config.freeze_clip` (section 3 of the paper)."""
+        if not self.config.freeze_clip:
+            return
+        for name, parameter in self.named_parameters():
+            if self.is_clip_parameter(name) and not name.endswith("vision_model.embeddings.position_embedding.weight"):
+                parameter.requires_grad_(False)
+
+    @staticmethod
+    def is_clip_parameter(name: str) -> bool:
+        """Whether the parameter `name` of a SAN model is one of CLIP's."""
+        name = name.removeprefix("model.")
+        return name.split(".")[0] in (
+            "vision_model",
+            "visual_projection",
+            "text_model",
+            "text_projection",
+            "logit_scale",
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        """CLIP's patch convolution: the first of CLIP's layers that an image meets."""
+        return self.base_model.vision_model.embeddings.patch_embedding
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.base_model.vision_model.embeddings.patch_embedding = value
+
+
+class SANModel(SANPreTrainedModel):
+    """
+    SAN without text: an image in, mask logits and mask embeddings in CLIP's joint space out.
+
+    Args:
+        config ([`SANConfig`]): sizes, and the CLIP configuration.
+    """
+
+    input_modalities = ("image",)
+
+    def __init__(self, config: SANConfig):
+        super().__init__(config)
+        vision_config = config.clip_config.vision_config
+        self.vision_model = CLIPVisionModel._from_config(vision_config)
+        hook_attention_bias(self.vision_model, config.recognition_layer)
+        self.visual_projection = nn.Linear(vision_config.hidden_size, config.clip_config.projection_dim, bias=False)
+        self.side_adapter = SideAdapter(config)
+        self.mask_decoder = MaskDecoder(config)
+        self.recognition_tokens = (
+            nn.Parameter(torch.empty(1, config.num_queries, vision_config.hidden_size))
+            if "learned" in config.recognition_token
+            else None
+        )
+        self.post_init()
+        self.freeze_clip()
+
+    def resize_for_clip(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The image as CLIP sees it: (B, channels, floor(height * scale), floor(width * scale))."""
+        scale = float(self.config.clip_image_scale)
+        patch_size = self.config.clip_config.vision_config.patch_size
+        height, width = (math.floor(side * scale) for side in pixel_values.shape[-2:])
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must be of shape (batch, {self.config.num_channels}, height, width), got "
+                f"{tuple(pixel_values.shape)}."
+            )
+        if min(height, width) < patch_size or min(pixel_values.shape[-2:]) < self.config.patch_size:
+            raise ValueError(
+                f"pixel_values of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} are too small: each side must "
+                f"hold a patch of the side adapter ({self.config.patch_size}) and, times {scale}, one of CLIP's "
+                f"({patch_size}). Use SANImageProcessor, or pad the image."
+            )
+        if scale == 1.0:
+            return pixel_values
+        # The scale itself gives the sampling positions, not the ratio of the rounded sizes: as the original does.
+        return F.interpolate(
+            pixel_values, scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=False
+        )
+
+    def start_recognition_tokens(self, class_token: torch.Tensor) -> torch.Tensor:
+        """Recognition tokens, one for each query, from CLIP's class token (B, 1, W): (B, Q, W)."""
+        batch_size, _, width = class_token.shape
+        start = self.config.recognition_token
+        if start == "class":
+            return class_token.expand(batch_size, self.config.num_queries, width)
+        learned = self.recognition_tokens.expand(batch_size, -1, -1)
+        return learned if start == "learned" else learned + class_token
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> SANModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape (B, channels, height, width)):
+                RGB, normalised with CLIP's mean and standard deviation, padded with zeros.
+            image_sizes (`torch.Tensor` of shape (B, 2), *optional*):
+                (height, width) of each image before padding. Not used here: handed through for post-processing.
+            output_auxiliary_logits (`bool`, *optional*):
+                Whether to run the earlier supervised layers, too.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the side adapter's tokens and CLIP's feature maps.
+            output_attentions (`bool`, *optional*):
+                Whether to return attention weights (computed by the eager implementation).
+
+        Raises:
+            ValueError: `pixel_values` has another shape or is smaller than a patch.
+        """
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+
+        # Shallow CLIP: feature maps (B, W, Hc, Wc) and, for the deep layers, tokens (B, 1 + Hc * Wc, W).
+        clip_feature_maps, clip_tokens = encode_shallow(
+            self.vision_model, self.resize_for_clip(pixel_values), config.recognition_layer
+        )
+        # Side adapter, CLIP's maps fused in: tokens (B, Q + Hs * Ws, Ca) after each of its blocks.
+        hidden_states, grid, attentions = self.side_adapter(pixel_values, clip_feature_maps, output_attentions)
+
+        # Mask proposals (B, Q, Hs, Ws) and attention biases (B, n, h, Q, Hs, Ws) of each supervised layer.
+        supervised = config.deep_supervision_layers if output_auxiliary_logits else config.deep_supervision_layers[-1:]
+        decoded = [self.mask_decoder(hidden_states[layer], grid) for layer in supervised]
+        masks_queries_logits, attention_biases = zip(*decoded)
+
+        # Deep CLIP: recognition tokens, steered by the biases; one pass for all supervised layers.
+        clip_grid = tuple(clip_feature_maps[0].shape[-2:])
+        pooled = [pool_attention_bias(bias, clip_grid, config.bias_pooling) for bias in attention_biases]
+        recognition_tokens = self.start_recognition_tokens(clip_tokens[:, :1])
+        recognized, recognition_attentions = recognize(
+            self.vision_model,
+            clip_tokens,
+            recognition_tokens.repeat(1, len(supervised), 1),
+            torch.cat(pooled, dim=3),
+            config.recognition_layer,
+            output_attentions,
+        )
+        # Mask embeddings (B, Q, D) of each supervised layer, in CLIP's joint space.
+        mask_embeds = F.normalize(self.visual_projection(recognized), dim=-1).chunk(len(supervised), dim=1)
+
+        return SANModelOutput(
+            masks_queries_logits=masks_queries_logits[-1],
+            mask_embeds=mask_embeds[-1],
+            attention_bias=attention_biases[-1],
+            image_sizes=image_sizes,
+            auxiliary_masks_queries_logits=masks_queries_logits[:-1] if output_auxiliary_logits else None,
+            auxiliary_mask_embeds=mask_embeds[:-1] if output_auxiliary_logits else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            clip_feature_maps=tuple(clip_feature_maps) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+            recognition_attentions=tuple(recognition_attentions) if output_attentions else None,
+        )
+
+
+class SANForSemanticSegmentation(SANPreTrainedModel):
+    """
+    SAN with CLIP's text tower as the classifier, and the training loss: an image and class names in, masks with their
+    classes out.
+
+    Args:
+        config ([`SANConfig`]): sizes, and the CLIP configuration.
+    """
+
+    def __init__(self, config: SANConfig):
+        super().__init__(config)
+        clip_config = config.clip_config
+        self.model = SANModel(config)
+        self.text_model = CLIPTextModel._from_config(clip_config.text_config)
+        self.text_projection = nn.Linear(clip_config.text_config.hidden_size, clip_config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(clip_config.logit_scale_init_value)))
+        self.no_object_embed = nn.Parameter(torch.empty(1, clip_config.projection_dim))
+        self.class_embeds = (
+            nn.Buffer(torch.zeros(config.vocabulary_size, clip_config.projection_dim))
+            if config.vocabulary_size
+            else None
+        )
+        self.post_init()
+        self.freeze_clip()
+
+    @classmethod
+    def from_clip(cls, pretrained_model_name_or_path: str, **overrides) -> "SANForSemanticSegmentation":
+        """
+        A SAN with a new side adapter on a pretrained CLIP: the start of training on another CLIP.
+
+        Args:
+            pretrained_model_name_or_path: a CLIP checkpoint in Transformers format, on the Hub or in a folder.
+            **overrides: fields of [`SANConfig`]. Those that depend on CLIP's depth (`recognition_layer`,
+                `fusion_layers`) follow the paper's rule by default: recognition in the last quarter of the layers,
+                fusion at the start and after each quarter before. Anything else goes to `CLIPModel.from_pretrained`
+                (`revision`, `token`, `dtype`, ...).
+
+        Returns:
+            The model in CLIP's dtype, on the CPU, CLIP frozen unless `freeze_clip=False`.
+        """
+        names = set(SANConfig.__dataclass_fields__)
+        adapter = {name: overrides.pop(name) for name in list(overrides) if name in names and name != "dtype"}
+        clip = CLIPModel.from_pretrained(pretrained_model_name_or_path, **overrides)
+        vision_config = clip.config.vision_config
+        recognition_layer = adapter.setdefault("recognition_layer", vision_config.num_hidden_layers * 3 // 4)
+        adapter.setdefault("fusion_layers", [[round(recognition_layer * i / 3), i] for i in range(4)])
+        # With patches of 14 pixels, 0.7 of 640 pixels is a whole number of them.
+        adapter.setdefault("clip_image_scale", 0.7 if vision_config.patch_size == 14 else 0.5)
+        model = cls(SANConfig(clip_config=clip.config.to_dict(), **adapter)).to(clip.dtype)
+        for name in ("text_model", "text_projection"):
+            getattr(model, name).load_state_dict(getattr(clip, name).state_dict())
+        for name in ("vision_model", "visual_projection"):
+            getattr(model.model, name).load_state_dict(getattr(clip, name).state_dict())
+        model.logit_scale.data.copy_(clip.logit_scale)
+        return model
+
+    def get_class_embeds(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Encodes class names with CLIP's text tower.
+
+        Args:
+            input_ids (`torch.Tensor` of shape (C, T, L)):
+                Token ids of C classes in T prompt templates, each with an end-of-text token, padded on the right.
+            attention_mask (`torch.Tensor` of shape (C, T, L), *optional*):
+                Taken because tokenizers give it. It changes nothing: the tower is causal and reads off the
+                end-of-text token, before any padding.
+
+        Returns:
+            `torch.Tensor` of shape (C, D): the mean over the templates of the normalised embeddings, normalised.
+
+        Raises:
+            ValueError: `input_ids` has another shape, or is longer than CLIP's context.
+        """
+        context = self.config.clip_config.text_config.max_position_embeddings
+        if input_ids.dim() != 3 or not 0 < input_ids.shape[2] <= context or not input_ids.numel():
+            raise ValueError(
+                f"input_ids must be of shape (classes, templates, tokens) with at most {context} tokens and nothing "
+                f"empty, got {tuple(input_ids.shape)}. SANProcessor(text=[...]) makes them."
+            )
+        embeds = [
+            F.normalize(self.text_projection(self.text_model(input_ids=prompts).pooler_output), dim=-1)
+            for prompts in input_ids.flatten(0, 1).split(TEXT_BATCH_SIZE)
+        ]
+        return F.normalize(torch.cat(embeds).unflatten(0, input_ids.shape[:2]).mean(dim=1), dim=-1)
+
+    @torch.no_grad()
+    def set_vocabulary(
+        self,
+        class_names: list[str],
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        class_embeds: torch.Tensor | None = None,
+    ) -> None:
+        """
+        Makes the model carry a vocabulary: from then on it needs no text, and `save_pretrained` keeps it.
+
+        Args:
+            class_names: the C class names, for `config.id2label` and `config.label2id`.
+            input_ids (`torch.Tensor` of shape (C, T, L), *optional*):
+                Their token ids, as `SANProcessor(text=class_names)` gives them.
+            attention_mask (`torch.Tensor` of shape (C, T, L), *optional*):
+                See `get_class_embeds`.
+            class_embeds (`torch.Tensor` of shape (C, D), *optional*):
+                Their embeddings, instead of `input_ids`.
+
+        Raises:
+            ValueError: neither or both are given, or their number isn't that of the names, or names repeat.
+        """
+        if (input_ids is None) == (class_embeds is None):
+            raise ValueError("set_vocabulary needs either input_ids or class_embeds (and not both).")
+        if class_embeds is None:
+            class_embeds = self.get_class_embeds(input_ids.to(self.device), attention_mask)
+        self._check_class_embeds(class_embeds)
+        if len(class_names) != class_embeds.shape[0]:
+            raise ValueError(f"Got {len(class_names)} class names for {class_embeds.shape[0]} class embeddings.")
+        if len(set(class_names)) != len(class_names):
+            repeated = sorted({name for name in class_names if class_names.count(name) > 1})
+            raise ValueError(f"Class names must differ from each other; repeated: {repeated}.")
+        self.class_embeds = nn.Buffer(class_embeds.to(self.no_object_embed).clone())
+        self.config.vocabulary_size = len(class_names)
+        self.config.id2label = dict(enumerate(class_names))
+        self.config.label2id = {name: i for i, name in enumerate(class_names)}
+
+    def _check_class_embeds(self, class_embeds: torch.Tensor) -> None:
+        width = self.config.clip_config.projection_dim
+        if class_embeds.dim() != 2 or class_embeds.shape[0] == 0 or class_embeds.shape[1] != width:
+            raise ValueError(
+                f"class_embeds must be of shape (classes, {width}) with at least one class, got "
+                f"{tuple(class_embeds.shape)}."
+            )
+
+    def build_classifier(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        class_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The classifier (C + 1, D), L2-normalised rows, no-object last, from what `forward` got of the classes."""
+        if input_ids is not None and class_embeds is not None:
+            raise ValueError("Got both input_ids and class_embeds. Classes come as one or the other.")
+        if input_ids is not None:
+            class_embeds = self.get_class_embeds(input_ids, attention_mask)
+        elif class_embeds is None:
+            class_embeds = self.class_embeds
+        if class_embeds is None:
+            raise ValueError(
+                "No classes: pass input_ids (SANProcessor(images=..., text=[...]) makes them) or class_embeds, or "
+                "give the model a vocabulary with set_vocabulary."
+            )
+        self._check_class_embeds(class_embeds)
+        return F.normalize(torch.cat([class_embeds.to(self.no_object_embed), self.no_object_embed]), dim=-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        class_embeds: torch.Tensor | None = None,
+        mask_labels: list[torch.Tensor] | None = None,
+        class_labels: list[torch.Tensor] | None = None,
+        labels: torch.Tensor | None = None,
+        image_sizes: torch.Tensor | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> SANForSemanticSegmentationOutput:
+        """
+        The classes come as `input_ids`, as `class_embeds`, or not at all if the model carries a vocabulary. They are
+        shared by the batch.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape (B, channels, height, width)):
+                RGB, normalised with CLIP's mean and standard deviation, padded with zeros.
+            input_ids (`torch.Tensor` of shape (C, T, L), *optional*):
+                Token ids of C classes in T prompt templates.
+            attention_mask (`torch.Tensor` of shape (C, T, L), *optional*):
+                See `get_class_embeds`.
+            class_embeds (`torch.Tensor` of shape (C, D), *optional*):
+                Precomputed class embeddings, without the no-object row, which the model appends.
+            mask_labels (`list` of B `torch.Tensor` of shape (M_i, H, W), *optional*):
+                Binary masks of each image, of any size, over the whole padded image.
+            class_labels (`list` of B `torch.Tensor` of shape (M_i,), *optional*):
+                Their classes in 0..C - 1.
+            labels (`torch.Tensor` of shape (B, H, W), *optional*):
+                Instead of masks, a semantic map of class indices; `config.semantic_loss_ignore_index` where unlabelled.
+            image_sizes (`torch.Tensor` of shape (B, 2), *optional*):
+                (height, width) of each image before padding. Not used here: handed through for post-processing.
+            output_auxiliary_logits (`bool`, *optional*):
+                Whether to return the predictions of the earlier supervised layers.
+            output_hidden_states (`bool`, *optional*):
+                Whether to return the side adapter's tokens and CLIP's feature maps.
+            output_attentions (`bool`, *optional*):
+                Whether to return attention weights (computed by the eager implementation).
+
+        Raises:
+            ValueError: no classes, or a shape or label that doesn't fit.
+        """
+        if labels is not None and (mask_labels is not None or class_labels is not None):
+            raise ValueError("Got both labels and mask_labels/class_labels. Pass one or the other.")
+        if (mask_labels is None) != (class_labels is None):
+            raise ValueError("mask_labels and class_labels go together; got only one of them.")
+        supervise = labels is not None or mask_labels is not None
+
+        # Masks (B, Q, Hs, Ws) and what CLIP recognises in them (B, Q, D).
+        outputs = self.model(
+            pixel_values,
+            image_sizes=image_sizes,
+            output_auxiliary_logits=supervise or output_auxiliary_logits,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+        # Cosine similarity with the class names (C + 1, D), at CLIP's temperature: (B, Q, C + 1).
+        classifier = self.build_classifier(input_ids, attention_mask, class_embeds)
+        temperature = self.logit_scale.exp()
+        class_queries_logits = temperature * outputs.mask_embeds @ classifier.T
+
+        auxiliary = [
+            {"masks_queries_logits": masks, "class_queries_logits": temperature * embeds @ classifier.T}
+            for masks, embeds in zip(outputs.auxiliary_masks_queries_logits or (), outputs.auxiliary_mask_embeds or ())
+        ]
+
+        loss, loss_dict = None, None
+        if supervise:
+            if labels is not None:
+                mask_labels, class_labels = split_semantic_map(
+                    labels, classifier.shape[0] - 1, self.config.semantic_loss_ignore_index
+                )
+            predictions = [(layer["masks_queries_logits"], layer["class_queries_logits"]) for layer in auxiliary]
+            predictions.append((outputs.masks_queries_logits, class_queries_logits))
+            loss_dict = mask_classification_loss(predictions, mask_labels, class_labels, self.config)
+            loss = sum(loss_dict.values())
+
+        return SANForSemanticSegmentationOutput(
+            loss=loss,
+            loss_dict=loss_dict,
+            class_queries_logits=class_queries_logits,
+            masks_queries_logits=outputs.masks_queries_logits,
+            mask_embeds=outputs.mask_embeds,
+            class_embeds=classifier,
+            attention_bias=outputs.attention_bias,
+            image_sizes=image_sizes,
+            auxiliary_logits=auxiliary if output_auxiliary_logits else None,
+            hidden_states=outputs.hidden_states,
+            clip_feature_maps=outputs.clip_feature_maps,
+            attentions=outputs.attentions,
+            recognition_attentions=outputs.recognition_attentions,
+        )
+
+
+SANModel.register_for_auto_class("AutoModel")
+SANForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+
+__all__ = [
+    "SANForSemanticSegmentation",
+    "SANForSemanticSegmentationOutput",
+    "SANModel",
+    "SANModelOutput",
+    "SANPreTrainedModel",
+]
