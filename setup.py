@@ -1,0 +1,53 @@
+"""Packaging: `modeling/` is installed as `san_hf.modeling` (the link `san_hf/modeling` does the same for a checkout)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "san_hf" / "__init__.py").read_text(), re.MULTILINE).group(1)
+
+setup(
+    name="san_hf",
+    version=VERSION,
+    description="SAN, the Side Adapter Network for open-vocabulary semantic segmentation, as a Transformers model",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    keywords=["semantic segmentation", "open vocabulary", "CLIP", "transformers"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    package_dir={"san_hf.modeling": "modeling"},
+    packages=sorted({*find_packages(include=["san_hf", "san_hf.*"]), "san_hf.modeling"}),
+    package_data={"san_hf": ["py.typed", "checkpoints/**/*", "conversion/*.gz", "conversion/*.json", "vocabularies/*.json"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "accelerate>=1.2",
+        "datasets>=4.0",
+        "evaluate>=0.4.3",
+        "huggingface_hub>=1.31",
+        "numpy>=1.26",
+        "pillow>=11.0",
+        "pycocotools>=2.0.8",
+        "rich>=13.7",
+        "safetensors>=0.8",
+        "scipy>=1.11",
+        "typer>=0.15",
+    ],
+    extras_require={
+        "test": ["parameterized", "peft>=0.17", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        "lint": ["ruff>=0.9"],
+    },
+    entry_points={"console_scripts": ["san-hf = san_hf.cli:app"]},
+)

@@ -1,0 +1,62 @@
+"""Small stand-ins, built from scratch and offline: a SAN configuration and a CLIP tokenizer.
+
+They have random weights or no training at all, and every path of the real thing: two heads, deep supervision, fusion
+before and after blocks, position embeddings on more than one row.
+"""
+
+from transformers import CLIPTokenizer
+
+from san_hf.modeling import SANConfig
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer without merges: one token per byte, hence 514 tokens; 77 of them at most."""
+    # Byte-level BPE's alphabet: printable bytes stand for themselves, the others for characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def tiny_config(**overrides) -> SANConfig:
+    """A SANConfig of about 80,000 parameters for images of 64 x 64 pixels; fits `tiny_tokenizer`."""
+    clip_config = {
+        "projection_dim": 16,
+        "text_config": {
+            "vocab_size": 514,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 77,
+            "bos_token_id": 512,
+            "eos_token_id": 513,
+            "pad_token_id": 513,
+        },
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+    }
+    config = {
+        "clip_config": clip_config,
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "patch_size": 8,
+        "image_size": 64,
+        "num_queries": 5,
+        "fusion_layers": [[0, 0], [1, 1], [2, 2]],
+        "recognition_layer": 2,
+        "deep_supervision_layers": [2, 3],
+        "mask_embed_dim": 12,
+        "decoder_hidden_size": 20,
+        "train_num_points": 64,
+    }
+    return SANConfig(**(config | overrides))
