@@ -1,4 +1,4 @@
-"""Packaging: `modeling/` is installed as `san_hf.modeling` (the link `san_hf/modeling` does the same for a checkout)."""
+"""Packaging: `modeling/` and `model_cards/` are installed inside `san_hf` (its two links do the same for a checkout)."""
 
 import re
 from pathlib import Path
@@ -26,9 +26,12 @@ setup(
         "Topic :: Scientific/Engineering :: Image Recognition",
         "Typing :: Typed",
     ],
-    package_dir={"san_hf.modeling": "modeling"},
-    packages=sorted({*find_packages(include=["san_hf", "san_hf.*"]), "san_hf.modeling"}),
-    package_data={"san_hf": ["py.typed", "checkpoints/**/*", "conversion/*.gz", "conversion/*.json", "vocabularies/*.json"]},
+    package_dir={"san_hf.modeling": "modeling", "san_hf.model_cards": "model_cards"},
+    packages=sorted({*find_packages(include=["san_hf", "san_hf.*"]), "san_hf.modeling", "san_hf.model_cards"}),
+    package_data={
+        "san_hf": ["py.typed", "checkpoints/**/*", "conversion/*.gz", "vocabularies/*.json"],
+        "san_hf.model_cards": ["*.md", "*.yaml"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -36,10 +39,13 @@ setup(
         "accelerate>=1.2",
         "datasets>=4.0",
         "evaluate>=0.4.3",
+        "filelock>=3.15",
         "huggingface_hub>=1.31",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "pillow>=11.0",
         "pycocotools>=2.0.8",
+        "pyyaml>=6.0",
         "rich>=13.7",
         "safetensors>=0.8",
         "scipy>=1.11",

@@ -1,0 +1,113 @@
+"""Model cards: the facts of a checkpoint (`model_cards/*.yaml`) put into one template (`model_cards/template.md`)."""
+
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+
+CARDS = files("san_hf.model_cards")
+
+DEFAULTS = {
+    "summary": "Open-vocabulary semantic segmentation: a side adapter network on a frozen CLIP.",
+    "sample_image": "photo.jpg",
+    "sample_classes": ["cat", "grass", "sky"],
+    "results": [],
+    "definitions": {
+        "mIoU": (
+            "intersection over union, averaged over the classes that occur in the ground truth; what the release's "
+            "logs report."
+        ),
+        "mIoU (paper)": (
+            "the same sum divided by the number of classes that occur in the ground truth or the predictions, so that "
+            "a class that is only predicted counts as 0; what the paper's table reports. Where many classes are "
+            "absent from a data set the two differ a lot."
+        ),
+        "fwIoU": "intersection over union, weighted by the classes' frequency in the ground truth.",
+        "mACC": "pixel accuracy of each class, averaged over the classes that occur in the ground truth.",
+        "pACC": "share of the labelled pixels that got their label.",
+    },
+}
+# Facts a template may do without.
+OPTIONAL = ("notice", "training", "limits", "base_model", "results_note")
+
+
+def load_facts(name: str) -> dict[str, Any]:
+    """The facts of a checkpoint we know by name, see `model_cards/<name>.yaml`.
+
+    Raises:
+        KeyError: no such checkpoint.
+    """
+    path = CARDS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(entry.name.removesuffix(".yaml") for entry in CARDS.iterdir() if entry.name.endswith(".yaml"))
+        raise KeyError(f"There are no facts about {name!r}, only about {', '.join(known)}.")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def render_card(
+    facts: dict[str, Any],
+    model_id: str,
+    *,
+    provenance: str | None = None,
+    facts_are_of_these_weights: bool = True,
+) -> ModelCard:
+    """The card of a checkpoint, with the metadata that the Hub reads.
+
+    Args:
+        facts: `title`, and optionally `summary`, `notice` (a plain statement set off at the top), `base_model`,
+            `datasets`, `tags`, `training`, `limits` (Markdown), `results` (rows: `dataset` and figures by metric, in
+            percent), `results_note` (what they are), `definitions` (meaning of each metric), `sample_image`,
+            `sample_classes` (for the example).
+        model_id: what `from_pretrained` takes: the repository's name on the Hub, or a folder.
+        provenance: Markdown, where the weights come from.
+        facts_are_of_these_weights: whether training and results are of these very weights. If not, the card says so
+            at its top, and its metadata leaves the results out.
+
+    Raises:
+        ValueError: facts of other names.
+    """
+    accepted = {"title", "datasets", "tags", *DEFAULTS, *OPTIONAL}
+    if unknown := sorted(set(facts) - accepted):
+        raise ValueError(f"Unknown facts for a model card: {', '.join(unknown)}; known are {', '.join(sorted(accepted))}.")
+    facts = dict.fromkeys(OPTIONAL) | DEFAULTS | facts
+    results = facts["results"]
+    facts["results_columns"] = list(dict.fromkeys(column for row in results for column in row))
+    if not facts["results_note"]:
+        facts["results_note"] = "As published by the authors, in percent; single scale, shortest edge 640 pixels."
+    if not facts_are_of_these_weights:
+        facts["notice"] = (
+            f"The sizes are those of {facts['title']}, and training and results below are that model's. Whether the "
+            "weights here are the same was not checked."
+        )
+    indexed = results if facts_are_of_these_weights else []
+    data = ModelCardData(
+        language="en",
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        base_model=facts["base_model"],
+        datasets=facts.get("datasets"),
+        tags=["san", "clip", "semantic-segmentation", "open-vocabulary", *facts.get("tags", [])],
+        model_name=facts["title"] if indexed else None,
+        eval_results=[
+            EvalResult(
+                task_type="image-segmentation",
+                dataset_type=row["dataset"].lower().replace(" ", "-"),
+                dataset_name=row["dataset"],
+                metric_type="mean_iou",
+                metric_name="mIoU",
+                metric_value=row["mIoU"],
+            )
+            for row in indexed
+            if "mIoU" in row
+        ]
+        or None,
+    )
+    template = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    ).from_string((CARDS / "template.md").read_text(encoding="utf-8"))
+    body = template.render(**facts, model_id=model_id, provenance=provenance)
+    return ModelCard(f"---\n{data}\n---\n\n{body}")

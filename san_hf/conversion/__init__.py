@@ -1,0 +1,20 @@
+"""The original's checkpoints: read, converted to a Transformers folder, and written back."""
+
+from .checkpoint import ConversionError, read_original
+from .convert import convert_checkpoint, convert_state_dict, export_checkpoint, export_state_dict
+from .releases import HUB_REPO, RELEASES, Release
+from .tokenizer import clip_tokenizer
+
+
+__all__ = [
+    "HUB_REPO",
+    "RELEASES",
+    "ConversionError",
+    "Release",
+    "clip_tokenizer",
+    "convert_checkpoint",
+    "convert_state_dict",
+    "export_checkpoint",
+    "export_state_dict",
+    "read_original",
+]
