@@ -1,0 +1,141 @@
+"""Colours, class maps and overlays, by their pixels."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFont
+
+from san_hf.visualization import OTHER_COLOR, class_colors, colorize, draw_overlay
+
+
+GREY = Image.new("RGB", (640, 480), (90, 90, 90))
+
+
+def test_a_color_depends_on_the_index_alone():
+    """Catches colours that change when a class is added: pictures of two runs could not be compared."""
+    np.testing.assert_array_equal(class_colors(7), class_colors(900)[:7])
+
+
+def test_colors_differ():
+    """Catches repeated colours, neighbours that the eye takes for one, and colours that look like "other"."""
+    colors = class_colors(847)
+    assert len(np.unique(colors, axis=0)) == 847
+    first = np.concatenate([class_colors(12), [OTHER_COLOR]]).astype(int)
+    distances = np.linalg.norm(first[:, None] - first[None], axis=-1)[~np.eye(13, dtype=bool)]
+    assert distances.min() > 60
+    assert class_colors(3000).shape == (3000, 3)
+
+
+def test_colorize():
+    """Catches swapped axes, swapped channels and labels beyond 8 bits."""
+    colors = class_colors(300)
+    label_map = np.array([[0, 1, 299], [256, 1, 0]])
+    picture = colorize(label_map, colors)
+    assert picture.size == (3, 2) and picture.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(picture), colors[label_map])
+
+
+@pytest.mark.parametrize("labels", [[[0, 3]], [[-1, 0]], [0, 1], np.zeros((0, 4), int)])
+def test_colorize_refuses(labels):
+    """Catches an index that wraps around or an IndexError from the depths."""
+    with pytest.raises(ValueError, match=r"label map"):
+        colorize(np.array(labels), class_colors(3))
+
+
+@pytest.mark.parametrize("opacity", [0.0, 0.25, 1.0])
+def test_overlay_blends(opacity):
+    """Catches a tint of the wrong strength or of the wrong region."""
+    label_map = np.zeros((480, 640), int)
+    label_map[:, 320:] = 1
+    picture = np.asarray(draw_overlay(GREY, label_map, [" ", " "], opacity=opacity))
+    for x, label in ((100, 0), (500, 1)):
+        expected = (1 - opacity) * 90 + opacity * class_colors(2)[label]
+        np.testing.assert_allclose(picture[50, x], expected, atol=1)
+    assert (picture[50, 319:322] == 255).all(axis=-1).any()  # the outline
+
+
+def name_pixels(label_map, names, label):
+    """Where the picture above the legend changes when one class has no name: (H, W) booleans."""
+    image = Image.fromarray(np.full((*label_map.shape, 3), 90, np.uint8))
+    blank = [" " if i == label else name for i, name in enumerate(names)]
+    height = label_map.shape[0]
+    one, other = (np.asarray(draw_overlay(image, label_map, n))[:height] for n in (names, blank))
+    return (one[:, : label_map.shape[1]] != other[:, : label_map.shape[1]]).any(axis=-1)
+
+
+def test_a_name_stands_inside_its_largest_region():
+    """Catches names at the centre of mass (outside of a ring), in a small region, or over the edge of the picture."""
+    y, x = np.mgrid[:480, :640]
+    radius = np.hypot(y - 240, x - 300)
+    ring = (radius > 110) & (radius < 220)
+    label_map = ring.astype(int)
+    label_map[:40, 560:] = 1  # a smaller piece of the same class
+    changed = name_pixels(label_map, ["ground", "ring"], 1)
+    assert changed.sum() > 50
+    assert ring[changed].all()
+
+
+def test_a_name_without_room_is_left_out():
+    """Catches names that spill over their neighbours."""
+    label_map = np.zeros((480, 640), int)
+    label_map[200:206, 100:500] = 1
+    assert not name_pixels(label_map, ["ground", "wire"], 1).any()
+    assert name_pixels(label_map, ["ground", "wire"], 0).any()
+
+
+def test_legend_lists_the_largest_first():
+    """Catches a legend in another order, with classes that aren't there, or with another class's colour."""
+    label_map = np.zeros((480, 640), int)
+    label_map[:, 100:] = 3
+    label_map[:, 600:] = 1
+    names = ["small", "smaller", "absent", "large"]
+    legend = np.asarray(draw_overlay(GREY, label_map, names))[480:]
+    colors = class_colors(4)
+    first_column = {}
+    for label in range(4):
+        columns = (legend == colors[label]).all(axis=-1).any(axis=0).nonzero()[0]
+        if len(columns):
+            first_column[label] = columns[0]
+    assert sorted(first_column, key=first_column.get) == [3, 0, 1]
+
+
+def test_small_pictures_are_enlarged_by_a_whole_factor():
+    """Catches names drawn into a picture of thumb size, and regions that move when it is enlarged."""
+    label_map = np.zeros((48, 64), int)
+    label_map[:, 32:] = 1
+    picture = draw_overlay(Image.new("RGB", (64, 48)), label_map, [" ", " "], opacity=1.0)
+    assert picture.width == 640 and picture.height > 480
+    picture = np.asarray(picture)
+    np.testing.assert_array_equal(picture[100, 315], class_colors(2)[0])
+    np.testing.assert_array_equal(picture[100, 325], class_colors(2)[1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (3, 2)])
+def test_thin_pictures(size):
+    """Catches divisions by nothing and empty slices."""
+    picture = draw_overlay(Image.new("RGB", size), np.zeros(size[::-1], int), ["something " * 40])
+    assert picture.width >= size[0] and picture.height > size[1]
+
+
+def test_names_in_any_writing():
+    """Catches crashes on line breaks, other alphabets and emoji."""
+    names = ["new\nline", "猫", "Straße", "🐈", "x" * 500]
+    label_map = np.arange(640)[None].repeat(480, axis=0) // 128
+    assert draw_overlay(GREY, label_map, names).width >= 640
+
+
+@pytest.mark.parametrize(
+    "label_map, names, message",
+    [
+        (np.zeros((640, 480), int), ["a"], "same size"),
+        (np.ones((480, 640), int), ["a"], "colours for 0..0"),
+    ],
+)
+def test_overlay_refuses(label_map, names, message):
+    """Catches a transposed label map that is drawn nevertheless, and labels without a name."""
+    with pytest.raises(ValueError, match=message):
+        draw_overlay(GREY, label_map, names)
+
+
+def test_pillow_has_a_font_that_scales():
+    """Catches a Pillow built without FreeType, where names would be drawn in a tiny fixed font."""
+    assert isinstance(ImageFont.load_default(20), ImageFont.FreeTypeFont)
