@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from san_hf.cards import load_facts, render_card
@@ -263,7 +264,7 @@ def read_config(path: str | Path) -> SANConfig:
         )
     try:
         return SANConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError) as error:
         raise ConversionError(f"'{path}' isn't a valid configuration: {error}") from error
 
 

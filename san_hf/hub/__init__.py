@@ -1,0 +1,7 @@
+"""Models by name: the released checkpoints, converted once and kept; and models of one's own on the Hub."""
+
+from .load import from_pretrained, resolve
+from .push import push_to_hub, save_pretrained
+
+
+__all__ = ["from_pretrained", "push_to_hub", "resolve", "save_pretrained"]

@@ -1,0 +1,108 @@
+"""From the name of a model to a folder, and to the model."""
+
+import os
+from importlib.resources import files
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub import constants, hf_hub_download
+
+import san_hf
+from san_hf.conversion import HUB_REPO, RELEASES, Release, convert_checkpoint
+from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+
+
+def resolve(
+    name_or_path: str | os.PathLike,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> str:
+    """What `from_pretrained` of any Transformers class takes, for a model's name.
+
+    A folder stays what it is. The name of a released model ("san-vit-b-16", "san-vit-large-14") becomes the folder
+    of its conversion: the file is downloaded as `huggingface_hub` does it, converted once for each commit of the
+    repository, and kept in `$HF_HOME/san_hf`. The name of a checkpoint that comes with this package becomes its
+    folder. Any other name is taken for a repository on the Hub and returned unchanged.
+
+    Args:
+        name_or_path: a folder, or a name.
+        cache_dir: where to keep downloads and conversions instead.
+        revision: branch, tag or commit of the release's repository.
+        token: see `huggingface_hub.hf_hub_download`.
+        local_files_only: use what was downloaded before, and no network (so does the variable HF_HUB_OFFLINE).
+
+    Raises:
+        OSError: the file can't be had: no network and nothing cached, no such revision, no access.
+        san_hf.conversion.ConversionError: it isn't the checkpoint it should be.
+    """
+    name = os.fspath(name_or_path)
+    if Path(name).is_dir():
+        return name
+    if name in RELEASES:
+        return str(_converted(RELEASES[name], cache_dir, revision, token, local_files_only))
+    bundled = files("san_hf") / "checkpoints" / name
+    return str(bundled) if (bundled / "config.json").is_file() else name
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    **kwargs,
+) -> tuple[SANForSemanticSegmentation, SANProcessor]:
+    """A model and its processor, by name.
+
+    Args:
+        name_or_path: as in [`resolve`]: "san-vit-b-16", "san-vit-large-14", a folder, or a repository on the Hub.
+        cache_dir, revision, token, local_files_only: see [`resolve`].
+        **kwargs: for the model's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, ...).
+
+    Returns:
+        The model, in evaluation mode, and its processor.
+
+    Raises:
+        OSError: there is no such model, or it can't be reached.
+    """
+    where = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
+    location = resolve(name_or_path, **where)
+    model = SANForSemanticSegmentation.from_pretrained(location, **where, **kwargs)
+    return model, SANProcessor.from_pretrained(location, **where)
+
+
+def _converted(release: Release, cache_dir, revision, token, local_files_only) -> Path:
+    """The folder of a released model's conversion, made if it isn't there."""
+    try:
+        checkpoint = Path(
+            hf_hub_download(
+                HUB_REPO,
+                release.filename,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        )
+    except Exception as error:  # networks fail in many ways, and not all of their errors are OSErrors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OSError(
+            f"'{release.name}' stands for {release.filename} of {constants.ENDPOINT}/{HUB_REPO}"
+            + (f" at revision {revision!r}" if revision else "")
+            + f", which could not be had: {reason} Check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT), or get the "
+            "file another way, convert it with `san-hf convert FILE FOLDER`, and give that folder."
+        ) from error
+    # The cache keeps each commit's files in a folder of the commit's name. Another version of this package may convert
+    # differently, and brings other code for the folder.
+    root = Path(cache_dir or constants.HF_HOME) / "san_hf"
+    folder = root / f"{checkpoint.parent.name}-{san_hf.__version__}" / release.name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A conversion appears all at once, so that its presence means that it is complete.
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            convert_checkpoint(checkpoint, folder, release=release)
+    return folder

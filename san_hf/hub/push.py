@@ -1,0 +1,72 @@
+"""Model, processor and card together, in a folder or on the Hub."""
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+
+from san_hf.cards import render_card
+from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+
+
+def save_pretrained(
+    model: SANForSemanticSegmentation,
+    processor: SANProcessor,
+    folder: str | os.PathLike,
+    *,
+    facts: dict[str, Any] | None = None,
+    model_id: str | None = None,
+) -> None:
+    """Writes what belongs together: weights, configuration, code, processor, tokenizer and card.
+
+    `model.save_pretrained` alone writes neither processor nor card.
+
+    Args:
+        model, processor: what to save.
+        folder: where; files of the same names are replaced.
+        facts: see [`san_hf.cards.render_card`]; without them, the card claims nothing about training and results.
+        model_id: the name the card's example loads; the folder's own by default.
+    """
+    model_id = model_id or Path(folder).resolve().name
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    render_card({"title": model_id.split("/")[-1]} | (facts or {}), model_id).save(Path(folder) / "README.md")
+
+
+def push_to_hub(
+    model: SANForSemanticSegmentation,
+    processor: SANProcessor,
+    repo_id: str,
+    *,
+    facts: dict[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str = "Upload SAN",
+) -> CommitInfo:
+    """Uploads model, processor and card in one commit, to a repository that is made if it isn't there.
+
+    Args:
+        model, processor: what to upload.
+        repo_id: "name" or "owner/name" on the Hub.
+        facts: see [`san_hf.cards.render_card`].
+        private, token, revision, create_pr, commit_message: see `huggingface_hub.HfApi.create_repo` and
+            `upload_folder`.
+
+    Raises:
+        huggingface_hub.errors.HfHubHTTPError: the Hub refuses, e.g. without a token that may write.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with TemporaryDirectory() as folder:
+        save_pretrained(model, processor, folder, facts=facts, model_id=repo_id)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
