@@ -29,8 +29,8 @@ setup(
     package_dir={"san_hf.modeling": "modeling", "san_hf.model_cards": "model_cards"},
     packages=sorted({*find_packages(include=["san_hf", "san_hf.*"]), "san_hf.modeling", "san_hf.model_cards"}),
     package_data={
-        "san_hf": ["py.typed", "checkpoints/**/*", "conversion/*.gz", "vocabularies/*.json"],
-        "san_hf.model_cards": ["*.md", "*.yaml"],
+        "san_hf": ["py.typed", "checkpoints/**/*", "conversion/*.gz", "conversion/*.json", "vocabularies/*.json"],
+        "san_hf.model_cards": ["*"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -46,13 +46,14 @@ setup(
         "pillow>=11.0",
         "pycocotools>=2.0.8",
         "pyyaml>=6.0",
+        "pyyaml>=6.0",
         "rich>=13.7",
         "safetensors>=0.8",
         "scipy>=1.11",
         "typer>=0.15",
     ],
     extras_require={
-        "test": ["parameterized", "peft>=0.17", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
+        "test": ["parameterized", "peft>=0.17", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "setuptools>=77"],
         "lint": ["ruff>=0.9"],
     },
     entry_points={"console_scripts": ["san-hf = san_hf.cli:app"]},
