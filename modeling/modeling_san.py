@@ -247,7 +247,6 @@ class SANModel(SANPreTrainedModel):
         output_auxiliary_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs,
     ) -> SANModelOutput:
         """
         Args:
@@ -478,7 +477,6 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         output_auxiliary_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        **kwargs,
     ) -> SANForSemanticSegmentationOutput:
         """
         The classes come as `input_ids`, as `class_embeds`, or not at all if the model carries a vocabulary. They are
