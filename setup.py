@@ -1,4 +1,7 @@
-"""Packaging: `modeling/` and `model_cards/` are installed inside `san_hf` (its two links do the same for a checkout)."""
+"""Packaging: `modeling/` and `model_cards/` are installed inside `san_hf`.
+
+The links in `san_hf/` do the same for a checkout; the mapping alone is enough where git makes no links (Windows).
+"""
 
 import re
 from pathlib import Path
@@ -46,14 +49,20 @@ setup(
         "pillow>=11.0",
         "pycocotools>=2.0.8",
         "pyyaml>=6.0",
-        "pyyaml>=6.0",
         "rich>=13.7",
         "safetensors>=0.8",
         "scipy>=1.11",
         "typer>=0.15",
     ],
     extras_require={
-        "test": ["parameterized", "peft>=0.17", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "setuptools>=77"],
+        "test": [
+            "parameterized",
+            "peft>=0.17",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "setuptools>=77",
+        ],
         "lint": ["ruff>=0.9"],
     },
     entry_points={"console_scripts": ["san-hf = san_hf.cli:app"]},

@@ -84,7 +84,7 @@ def colorize(label_map: np.ndarray, colors: np.ndarray) -> Image.Image:
         raise ValueError(f"A label map must be of shape (height, width), got {label_map.shape}.")
     low, high = int(label_map.min()), int(label_map.max())
     if low < 0 or high >= len(colors):
-        raise ValueError(f"The label map has values {low}..{high}, but there are colours for 0..{len(colors) - 1} only.")
+        raise ValueError(f"The label map has values {low}..{high}, but only 0..{len(colors) - 1} have colours.")
     return Image.fromarray(np.asarray(colors, dtype=np.uint8)[label_map])
 
 
@@ -151,9 +151,7 @@ def _outlines(label_map: np.ndarray) -> Image.Image:
     return Image.fromarray(255 * edges).filter(ImageFilter.MaxFilter(width))
 
 
-def _placements(
-    label_map: np.ndarray, class_names: Sequence[str], font_size: int
-) -> dict[int, tuple[float, float]]:
+def _placements(label_map: np.ndarray, class_names: Sequence[str], font_size: int) -> dict[int, tuple[float, float]]:
     """For each label whose name fits into its largest region: the (x, y) where most room is left around the name."""
     step = -(-max(label_map.shape) // PLACEMENT_SIZE)
     small = label_map[step // 2 :: step, step // 2 :: step] if min(label_map.shape) > step // 2 else label_map[:0]

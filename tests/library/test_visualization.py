@@ -127,7 +127,7 @@ def test_names_in_any_writing():
     "label_map, names, message",
     [
         (np.zeros((640, 480), int), ["a"], "same size"),
-        (np.ones((480, 640), int), ["a"], "colours for 0..0"),
+        (np.ones((480, 640), int), ["a"], "only 0..0 have colours"),
     ],
 )
 def test_overlay_refuses(label_map, names, message):

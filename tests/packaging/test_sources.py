@@ -25,7 +25,8 @@ MODELING_MAY_IMPORT = {"huggingface_hub", "numpy", "PIL", "torch", "transformers
 def imports(path: Path, optional: bool = True) -> list[tuple[int, str]]:
     """All imports of a file as (level, module); without those inside `try` unless `optional`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped = set() if optional else {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
+    attempts = [] if optional else [node for node in ast.walk(tree) if isinstance(node, ast.Try)]
+    skipped = {inner for attempt in attempts for inner in ast.walk(attempt)}
     found = []
     for node in ast.walk(tree):
         if node in skipped:
@@ -68,7 +69,8 @@ def tracked_files() -> list[Path]:
 
 def test_no_path_or_host_of_one_machine():
     """Catches absolute paths of somebody's machine and addresses of package registries."""
-    machine = re.compile(r"(?<![\w.])/(?:work|root|home|Users|opt)/\w|(?:pypi|pythonhosted|download\.pytorch)\.org|index-url")
+    paths, hosts = r"(?<![\w.])/(?:work|root|home|Users|opt)/\w", r"(?:pypi|pythonhosted|download\.pytorch)\.org"
+    machine = re.compile(f"{paths}|{hosts}|index-url")
     found = []
     for path in tracked_files():
         if path == Path(__file__) or path.is_symlink():
@@ -85,7 +87,8 @@ def test_pins_cover_what_is_asked_for():
     """Catches a requirement without a pin: the next installation would draw whatever is newest."""
     pins = {re.split(r"[=;\s]", line)[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").open()}
     tree = ast.parse((ROOT / "setup.py").read_text())
-    (call,) = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    (call,) = [node for node in calls if getattr(node.func, "id", "") == "setup"]
     options = {keyword.arg: keyword.value for keyword in call.keywords}
     required = ast.literal_eval(options["install_requires"])
     required += [name for extra in ast.literal_eval(options["extras_require"]).values() for name in extra]
