@@ -46,8 +46,9 @@ class SANModelOutput(ModelOutput):
         auxiliary_mask_embeds (`tuple` of `torch.Tensor`, *optional*, with `output_auxiliary_logits`):
             Mask embeddings of the earlier supervised layers, earliest first.
         hidden_states (`tuple` of `torch.Tensor`, *optional*, with `output_hidden_states`):
-            The side adapter's tokens before the first and after each block, (B, Q + Hs * Ws, Ca), queries first.
-        clip_feature_maps (`tuple` of `torch.Tensor`, *optional*, with `output_hidden_states`):
+            The side adapter's tokens before the first and after each block, (B, Q + Hs * Ws, Ca), queries first; None
+            for those that weren't asked for.
+        clip_feature_maps (`tuple` of `torch.Tensor`, *optional*, with `output_clip_feature_maps`):
             CLIP's maps after layers 0 to `recognition_layer`, (B, W, Hc, Wc).
         attentions (`tuple` of `torch.Tensor`, *optional*, with `output_attentions`):
             The side adapter's attention weights, (B, heads, Q + Hs * Ws, Q + Hs * Ws).
@@ -107,6 +108,20 @@ class SANForSemanticSegmentationOutput(ModelOutput):
     recognition_attentions: tuple[torch.Tensor, ...] | None = None
 
 
+def select_hidden_states(
+    hidden_states: list[torch.Tensor], selection: bool | int | list[int]
+) -> tuple[torch.Tensor | None, ...] | None:
+    """What `output_hidden_states` asks for: all of them, or, by index, some, the others being None."""
+    if not selection:
+        return None
+    if selection is True:
+        return tuple(hidden_states)
+    chosen = [selection] if isinstance(selection, int) else selection
+    indices = range(len(hidden_states))
+    kept = {indices[i] for i in chosen}
+    return tuple(state if i in kept else None for i, state in enumerate(hidden_states))
+
+
 class SANPreTrainedModel(PreTrainedModel):
     """Initialisation, loading and freezing shared by the SAN models."""
 
@@ -161,6 +176,17 @@ class SANPreTrainedModel(PreTrainedModel):
             if self.is_clip_parameter(name) and not name.endswith("vision_model.embeddings.position_embedding.weight"):
                 parameter.requires_grad_(False)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        """[`PreTrainedModel.set_attn_implementation`]; CLIP's towers are reached under the key `"clip_config"`."""
+        if not isinstance(attn_implementation, dict):
+            # This model alone first: it checks the name before anything is changed.
+            super().set_attn_implementation({"": attn_implementation}, **kwargs)
+            attn_implementation = dict.fromkeys(["", *self.config.sub_configs], self.config._attn_implementation)
+        # Not each of CLIP's configurations has a module here, and transformers warns when it changes one without.
+        if "clip_config" in attn_implementation:
+            self.config.clip_config._attn_implementation = attn_implementation["clip_config"]
+        super().set_attn_implementation(attn_implementation, **kwargs)
+
     @staticmethod
     def is_clip_parameter(name: str) -> bool:
         """Whether the parameter `name` of a SAN model is one of CLIP's."""
@@ -209,14 +235,19 @@ class SANModel(SANPreTrainedModel):
 
     def resize_for_clip(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The image as CLIP sees it: (B, channels, floor(height * scale), floor(width * scale))."""
-        scale = float(self.config.clip_image_scale)
-        patch_size = self.config.clip_config.vision_config.patch_size
-        height, width = (math.floor(side * scale) for side in pixel_values.shape[-2:])
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"pixel_values must be of shape (batch, {self.config.num_channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be normalised floating point numbers, got {pixel_values.dtype}. SANImageProcessor "
+                "makes them of an image."
+            )
+        scale = float(self.config.clip_image_scale)
+        patch_size = self.config.clip_config.vision_config.patch_size
+        height, width = (math.floor(side * scale) for side in pixel_values.shape[-2:])
         if min(height, width) < patch_size or min(pixel_values.shape[-2:]) < self.config.patch_size:
             raise ValueError(
                 f"pixel_values of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} are too small: each side must "
@@ -245,8 +276,9 @@ class SANModel(SANPreTrainedModel):
         pixel_values: torch.Tensor,
         image_sizes: torch.Tensor | None = None,
         output_auxiliary_logits: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        output_clip_feature_maps: bool | None = None,
     ) -> SANModelOutput:
         """
         Args:
@@ -256,10 +288,12 @@ class SANModel(SANPreTrainedModel):
                 (height, width) of each image before padding. Not used here: handed through for post-processing.
             output_auxiliary_logits (`bool`, *optional*):
                 Whether to run the earlier supervised layers, too.
-            output_hidden_states (`bool`, *optional*):
-                Whether to return the side adapter's tokens and CLIP's feature maps.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
+                Whether to return the side adapter's tokens, or the indices of those to return.
             output_attentions (`bool`, *optional*):
                 Whether to return attention weights (computed by the eager implementation).
+            output_clip_feature_maps (`bool`, *optional*):
+                Whether to return CLIP's feature maps.
 
         Raises:
             ValueError: `pixel_values` has another shape or is smaller than a patch.
@@ -304,8 +338,8 @@ class SANModel(SANPreTrainedModel):
             image_sizes=image_sizes,
             auxiliary_masks_queries_logits=masks_queries_logits[:-1] if output_auxiliary_logits else None,
             auxiliary_mask_embeds=mask_embeds[:-1] if output_auxiliary_logits else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            clip_feature_maps=tuple(clip_feature_maps) if output_hidden_states else None,
+            hidden_states=select_hidden_states(hidden_states, output_hidden_states),
+            clip_feature_maps=tuple(clip_feature_maps) if output_clip_feature_maps else None,
             attentions=tuple(attentions) if output_attentions else None,
             recognition_attentions=tuple(recognition_attentions) if output_attentions else None,
         )
@@ -328,11 +362,9 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         self.text_projection = nn.Linear(clip_config.text_config.hidden_size, clip_config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(clip_config.logit_scale_init_value)))
         self.no_object_embed = nn.Parameter(torch.empty(1, clip_config.projection_dim))
-        self.class_embeds = (
-            nn.Buffer(torch.zeros(config.vocabulary_size, clip_config.projection_dim))
-            if config.vocabulary_size
-            else None
-        )
+        # Registered even while there is no vocabulary: a plain None would keep set_vocabulary from making it a buffer.
+        carried = torch.zeros(config.vocabulary_size, clip_config.projection_dim) if config.vocabulary_size else None
+        self.register_buffer("class_embeds", carried)
         self.post_init()
         self.freeze_clip()
 
@@ -475,8 +507,9 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         labels: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         output_auxiliary_logits: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        output_clip_feature_maps: bool | None = None,
     ) -> SANForSemanticSegmentationOutput:
         """
         The classes come as `input_ids`, as `class_embeds`, or not at all if the model carries a vocabulary. They are
@@ -501,10 +534,12 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
                 (height, width) of each image before padding. Not used here: handed through for post-processing.
             output_auxiliary_logits (`bool`, *optional*):
                 Whether to return the predictions of the earlier supervised layers.
-            output_hidden_states (`bool`, *optional*):
-                Whether to return the side adapter's tokens and CLIP's feature maps.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
+                Whether to return the side adapter's tokens, or the indices of those to return.
             output_attentions (`bool`, *optional*):
                 Whether to return attention weights (computed by the eager implementation).
+            output_clip_feature_maps (`bool`, *optional*):
+                Whether to return CLIP's feature maps.
 
         Raises:
             ValueError: no classes, or a shape or label that doesn't fit.
@@ -522,6 +557,7 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
             output_auxiliary_logits=supervise or output_auxiliary_logits,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_clip_feature_maps=output_clip_feature_maps,
             return_dict=True,
         )
         # Cosine similarity with the class names (C + 1, D), at CLIP's temperature: (B, Q, C + 1).
