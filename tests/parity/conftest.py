@@ -40,9 +40,9 @@ class Golden:
     def grads(self) -> dict[str, torch.Tensor]:
         return load_file(GOLDEN / self.name / "grads.safetensors")
 
-    @cached_property
+    @property
     def original_state_dict(self) -> dict[str, torch.Tensor]:
-        """Half precision, the original's names."""
+        """Half precision, the original's names; the caller's own to change."""
         return torch.load(self.checkpoint, weights_only=True)["model"]
 
     def config(self, **overrides) -> SANConfig:
