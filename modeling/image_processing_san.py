@@ -1,0 +1,611 @@
+"""Image processor of SAN: pixels in, label maps out.
+
+Sizes are always (height, width), in pixels.
+"""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch.nn import functional as F
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+    infer_channel_dimension_format,
+    load_image,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import is_torchvision_available, logging
+
+
+logger = logging.get_logger(__name__)
+
+# Post-processing works on square tiles of this side, and on at most so many scores at a time. A tile is small enough
+# that few classes can win anywhere in it, large enough to keep the processor busy, and no power of two, which would
+# have the masks of all queries compete for the same lines of the processor's cache.
+_TILE_SIDE = 48
+_SCORES_AT_ONCE = 2**22
+
+
+class SANImageProcessorKwargs(ImagesKwargs, total=False):
+    r"""
+    size_divisor (`int`, *optional*, defaults to `self.size_divisor`):
+        The batch is padded to a height and a width that are multiples of this.
+    ignore_index (`int`, *optional*, defaults to `self.ignore_index`):
+        Value of unlabelled pixels in segmentation maps, and of their padding.
+    do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
+        Whether segmentation maps count from 1, 0 being unlabelled: 0 becomes `ignore_index`, the rest go down by one.
+    """
+
+    size_divisor: int | None
+    ignore_index: int | None
+    do_reduce_labels: bool | None
+
+
+class _SANImageProcessing:
+    """
+    What the two backends share, which is all but the resize and the arithmetic on pixels.
+
+    Images are resized to `size`, brought to `(x - mean) / std` (mean and std of the 0..255 scale), and padded with
+    zeros at the right and the bottom to the largest height and width of the batch, rounded up to `size_divisor`.
+    `size` is `{"shortest_edge": s, "longest_edge": l}` (the shortest edge becomes `s`, unless the longest would then
+    exceed `l`, which it becomes instead; `longest_edge` may be left out), or a fixed `{"height": h, "width": w}`.
+
+    An image is a PIL image, an array or a tensor, (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, or the path
+    or URL of an image. Integers are 0..255, or 0..65535 in 16-bit images; floats are 0..255, or anything finite when
+    `do_rescale=False`. Transparent pixels are laid on white. The EXIF orientation is honoured where the processor
+    opens the file; as everywhere in Transformers, a PIL image is taken as it is (see `PIL.ImageOps.exif_transpose`).
+    """
+
+    valid_kwargs = SANImageProcessorKwargs
+    model_input_names = ["pixel_values", "image_sizes"]
+
+    do_convert_rgb = True
+    do_resize = True
+    size = {"shortest_edge": 640, "longest_edge": 2560}
+    default_to_square = False
+    resample = PILImageResampling.BILINEAR
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_pad = True
+    size_divisor = 32
+    ignore_index = 255
+    do_reduce_labels = False
+    return_tensors = "pt"
+
+    def __init__(self, **kwargs: Unpack[SANImageProcessorKwargs]):
+        super().__init__(**kwargs)
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs: Unpack[SANImageProcessorKwargs],
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images:
+                An image or a list of images; see the class for what an image can be. A 4-dimensional array or tensor
+                is a batch.
+            segmentation_maps:
+                A label map per image, of the image's size before it is resized: PIL images (8-bit, palette, 16-bit
+                or 32-bit), arrays or tensors, (H, W), (H, W, 1) or (1, H, W), of integers >= 0 or `ignore_index`.
+                They are resized by nearest neighbour.
+            kwargs:
+                Any of the processor's attributes, for this call only.
+
+        Returns:
+            `BatchFeature` with, for B images padded to (Hp, Wp),
+            - **pixel_values**: (B, 3, Hp, Wp) float32;
+            - **image_sizes**: (B, 2) int64, each image's (height, width) inside the padded tensor;
+            - **labels**, when segmentation maps are given: (B, Hp, Wp) int64, padded with `ignore_index`.
+
+            Lists of arrays instead of tensors with `return_tensors=None`.
+
+        Raises:
+            ValueError: for whatever is not an image, or not of the kind described; the message says which one.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None,
+        *,
+        do_convert_rgb: bool,
+        input_data_format: str | ChannelDimension | None,
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
+        do_pad: bool,
+        pad_size: SizeDict | None,
+        size_divisor: int | None,
+        ignore_index: int,
+        do_reduce_labels: bool,
+        return_tensors: str | None,
+        device: "str | torch.device | None" = None,
+        **kwargs,
+    ) -> BatchFeature:
+        if kwargs.get("do_center_crop"):
+            raise ValueError("Got do_center_crop=True, but SAN segments whole images: crop them before the processor.")
+        how = (do_convert_rgb, input_data_format, do_rescale, device)
+        images = [
+            _attempt(f"image {index}", self.process_image, image, *how)
+            for index, image in enumerate(_flatten(images, ndim=3))
+        ]
+        if not images:
+            raise ValueError("Got no images, expected at least one.")
+        original_sizes = [_size_of(image) for image in images]
+
+        if do_resize:
+            images = [self.resize(image, size, resample) for image in images]
+        image_sizes = [_size_of(image) for image in images]
+        padded_size = _padded_size(image_sizes, size_divisor, pad_size)
+
+        if do_rescale or do_normalize:
+            for image in images:
+                _check_channels(image, image_mean, image_std, do_normalize)
+            images = [
+                self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+                for image in images
+            ]
+        if do_pad:
+            images = self.pad(images, pad_size=padded_size)
+        elif return_tensors is not None and len(set(image_sizes)) > 1:
+            raise ValueError(f"Got images of different sizes {image_sizes} with do_pad=False: expected equal ones.")
+        data = {"pixel_values": images, "image_sizes": image_sizes}
+
+        if segmentation_maps is not None:
+            label_maps = list(_flatten(segmentation_maps, ndim=2))
+            if len(label_maps) != len(images):
+                raise ValueError(f"Got {len(label_maps)} segmentation maps for {len(images)} images, expected as many.")
+            data["labels"] = []
+            for index, label_map in enumerate(label_maps):
+                label_map = _attempt(f"segmentation map {index}", _to_labels, label_map, ignore_index)
+                if label_map.shape != original_sizes[index]:
+                    raise ValueError(
+                        f"Segmentation map {index} has the size {label_map.shape}, its image {original_sizes[index]}: "
+                        "expected the same (height, width)."
+                    )
+                if do_reduce_labels:
+                    label_map = np.where(np.isin(label_map, (0, ignore_index)), ignore_index, label_map - 1)
+                height, width = image_sizes[index]
+                label_map = PIL.Image.fromarray(label_map.astype(np.int32)).resize((width, height), PIL.Image.NEAREST)
+                label_map = np.asarray(label_map, dtype=np.int64)
+                if do_pad:
+                    padding = (0, padded_size.height - height), (0, padded_size.width - width)
+                    label_map = np.pad(label_map, padding, constant_values=ignore_index)
+                data["labels"].append(label_map)
+
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def process_image(
+        self,
+        image,
+        do_convert_rgb: bool | None = None,
+        input_data_format: str | ChannelDimension | None = None,
+        do_rescale: bool | None = None,
+        device: "str | torch.device | None" = None,
+    ) -> np.ndarray:
+        """One image in any form, as a (C, H, W) array: uint8, or float32 if it is of floats and not to be rescaled."""
+        if isinstance(image, str | os.PathLike):
+            image = _open(os.fspath(image))
+        if isinstance(image, PIL.Image.Image):
+            input_data_format = ChannelDimension.LAST
+            image = _pil_to_array(image, do_convert_rgb)
+        elif isinstance(image, torch.Tensor):
+            image = image.detach().cpu()
+            image = (image.float() if image.is_floating_point() else image).numpy()
+        elif not isinstance(image, np.ndarray):
+            raise ValueError(f"got {_describe(image)}, expected a PIL image, an array, a tensor, a path or a URL")
+
+        if image.ndim not in (2, 3) or 0 in image.shape:
+            raise ValueError(f"got the shape {image.shape}, expected (H, W), (H, W, C) or (C, H, W), none of them 0")
+        if image.ndim == 2:
+            image = image[None]
+        else:
+            if input_data_format is None:
+                try:
+                    input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+                except ValueError:
+                    raise ValueError(
+                        f"got the shape {image.shape}, expected 1, 3 or 4 channels, first or last; for another number "
+                        "of channels say which with input_data_format"
+                    ) from None
+            if input_data_format == ChannelDimension.LAST:
+                image = np.moveaxis(image, -1, 0)
+
+        image = _to_8_bits(image, keep_floats=not do_rescale)
+        if do_convert_rgb:
+            if len(image) == 1:
+                image = np.repeat(image, 3, axis=0)
+            elif len(image) == 4:
+                image = _lay_on_white(image)
+        return np.ascontiguousarray(image)
+
+    def resize(
+        self, image: "np.ndarray | torch.Tensor", size: SizeDict, resample: PILImageResampling | None = None, **kwargs
+    ) -> "np.ndarray | torch.Tensor":
+        """Resizes a (C, H, W) image by the rule of `size`; see the class."""
+        height, width = _resized_size(_size_of(image), size)
+        return super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
+
+    @torch.no_grad()
+    def post_process_semantic_segmentation(
+        self,
+        outputs,
+        target_sizes: "list[tuple[int, int]] | torch.Tensor | None" = None,
+        return_segmentation_scores: bool = False,
+        num_labels: int | None = None,
+    ) -> "list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]":
+        r"""
+        Label maps from the model's outputs: mask logits are resized bilinearly to the padded input, cropped to the
+        image, resized to the target, and put through a sigmoid; a class's score is the sum over queries of its
+        probability (softmax, no-object dropped) times the mask; the label is the class of the highest score.
+
+        Memory does not grow with the number of classes: the scores of all classes and pixels never exist at once,
+        unless they are asked for.
+
+        Args:
+            outputs (`SANForSemanticSegmentationOutput` or alike):
+                With `class_queries_logits` (B, Q, C + 1), `masks_queries_logits` (B, Q, h, w), and `image_sizes`
+                (B, 2), the (height, width) of each image inside the padded input. Where `image_sizes` is missing or
+                `None`, it is what this processor's own `size` makes of `target_sizes`; if that does not fit the masks'
+                shape, the masks are taken to cover the image without padding.
+            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape (B, 2), *optional*):
+                (height, width) of each label map, usually the original image's. Without, label maps have the size
+                of the model's input (of `image_sizes`, or of the masks if that is missing too).
+            return_segmentation_scores (`bool`, *optional*, defaults to `False`):
+                Whether to return the scores as well. They take 4 * C * H * W bytes per image.
+            num_labels (`int`, *optional*):
+                The number of classes the caller asked for, if the vocabulary was expanded beyond them: every later
+                class counts as one "other" with the label `num_labels`.
+
+        Returns:
+            A list of B label maps, (H, W) int64 with values 0..C - 1 (0..`num_labels` if that is given), on the
+            outputs' device. With `return_segmentation_scores`, a list of objects with `segmentation`, the label map,
+            and `segmentation_scores`, (C, H, W) float32, from 0 to, in practice, about 1; with `num_labels`,
+            (`num_labels` + 1, H, W), the last being the best of the others.
+
+        Raises:
+            ValueError: for sizes that do not fit the outputs, and for logits that are not finite.
+        """
+        class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
+        batch_size, num_classes = len(class_logits), class_logits.shape[-1] - 1
+        if num_labels is not None and not 1 <= num_labels <= num_classes:
+            raise ValueError(f"Got num_labels={num_labels}, expected 1..{num_classes}, the outputs' number of classes.")
+        image_sizes = _size_list(getattr(outputs, "image_sizes", None), batch_size, "image_sizes")
+        target_sizes = _size_list(target_sizes, batch_size, "target_sizes")
+        image_sizes, padded_size = self._sizes_in_model(image_sizes, target_sizes, tuple(mask_logits.shape[-2:]))
+
+        results = []
+        for index, (image_size, target_size) in enumerate(zip(image_sizes, target_sizes or image_sizes)):
+            masks, classes = mask_logits[index].float(), class_logits[index].float()
+            for name, logits in (("masks_queries_logits", masks), ("class_queries_logits", classes)):
+                if not logits.isfinite().all():
+                    raise ValueError(
+                        f"{name} of image {index} has NaN or infinite values, expected finite ones: check the pixel "
+                        "values, and in half precision use bfloat16 rather than float16."
+                    )
+            probabilities = classes.softmax(-1)[:, :-1].T  # (C, Q)
+            weights = [
+                _interpolation_weights(*sides, device=masks.device)
+                for sides in zip(masks.shape[-2:], padded_size, image_size, target_size)
+            ]
+            labels, scores = _segment(masks, probabilities, *weights, return_segmentation_scores, num_labels)
+            results.append(
+                SemanticSegmentationPostProcessorOutput({"segmentation": labels, "segmentation_scores": scores})
+                if return_segmentation_scores
+                else labels
+            )
+        return results
+
+    def _sizes_in_model(self, image_sizes, target_sizes, mask_size) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+        """Each image's size inside the padded input, and the size of that input."""
+        derived = image_sizes is None and target_sizes is not None
+        if derived:
+            image_sizes = [_resized_size(size, self.size) if self.do_resize else size for size in target_sizes]
+        if image_sizes is not None:
+            padded_size = max(height for height, _ in image_sizes), max(width for _, width in image_sizes)
+            if self.do_pad:
+                padded = _padded_size(image_sizes, self.size_divisor, self.pad_size)
+                padded_size = padded.height, padded.width
+            # The masks have one pixel per patch: some patch size p must give side // p on both axes.
+            smallest = max(side / (cells + 1) for side, cells in zip(padded_size, mask_size))
+            largest = min(side / cells for side, cells in zip(padded_size, mask_size))
+            if smallest < largest:
+                return image_sizes, padded_size
+            if not derived:
+                raise ValueError(
+                    f"outputs.image_sizes {image_sizes} make a padded input of {padded_size}, which does not fit masks "
+                    f"of {mask_size}: use the outputs of one batch as they are, and the processor that prepared it."
+                )
+        # Images this processor did not resize
+        batch_size = 1 if target_sizes is None else len(target_sizes)
+        return [mask_size] * batch_size, mask_size
+
+
+class SANImageProcessorPil(_SANImageProcessing, PilBackend):
+    __doc__ = f"Image processor of SAN, on PIL and NumPy.\n{_SANImageProcessing.__doc__}"
+
+    def rescale_and_normalize(
+        self,
+        image: np.ndarray,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
+    ) -> np.ndarray:
+        """`(x - mean) / std`, mean and std brought to the scale of x rather than x to theirs."""
+        image = image.astype(np.float32)
+        if not do_normalize:
+            return image * np.float32(rescale_factor)
+        scale = rescale_factor if do_rescale else 1.0
+        mean, std = (np.reshape(value, (-1, 1, 1)) / scale for value in (image_mean, image_std))
+        return (image - mean.astype(np.float32)) / std.astype(np.float32)
+
+
+if is_torchvision_available():
+
+    class SANImageProcessor(_SANImageProcessing, TorchvisionBackend):
+        __doc__ = f"Image processor of SAN, on torchvision, on any device.\n{_SANImageProcessing.__doc__}"
+
+        def process_image(
+            self,
+            image,
+            do_convert_rgb: bool | None = None,
+            input_data_format: str | ChannelDimension | None = None,
+            do_rescale: bool | None = None,
+            device: "str | torch.device | None" = None,
+        ) -> torch.Tensor:
+            if device is None and isinstance(image, torch.Tensor):
+                device = image.device
+            image = super().process_image(image, do_convert_rgb, input_data_format, do_rescale)
+            return torch.from_numpy(image).to(device)
+
+else:
+
+    class SANImageProcessor(SANImageProcessorPil):
+        __doc__ = SANImageProcessorPil.__doc__
+
+
+def _flatten(items, ndim: int) -> Iterator:
+    """The images in `items`: one image, a batch in one array of `ndim` + 1 dimensions, or (nested) lists of these."""
+    if isinstance(items, list | tuple):
+        for item in items:
+            yield from _flatten(item, ndim)
+    elif isinstance(items, np.ndarray | torch.Tensor) and items.ndim == ndim + 1:
+        yield from items
+    else:
+        yield items
+
+
+def _attempt(what: str, function, *args):
+    """Calls `function`, and says of which input its error speaks."""
+    try:
+        return function(*args)
+    # What Pillow raises for files that are broken, truncated, or too large once decoded
+    except (ValueError, TypeError, OSError, EOFError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"Cannot use {what}: {error}") from error
+
+
+def _open(source: str) -> PIL.Image.Image:
+    """The image of a path (in its own mode, upright), a URL or a base64 string (converted to RGB)."""
+    return PIL.ImageOps.exif_transpose(PIL.Image.open(source)) if os.path.isfile(source) else load_image(source)
+
+
+def _pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool | None) -> np.ndarray:
+    """(H, W) or (H, W, C) pixels; 8-bit RGB(A) if converted, except for 16-bit, 32-bit and float images."""
+    image.load()  # NumPy would not say that the file is truncated
+    if image.mode == "F":
+        return np.asarray(image)
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        # PIL has 16-bit pixels as 32-bit integers in some file formats
+        return pixels.astype(np.uint16) if pixels.size and 0 <= pixels.min() and 255 < pixels.max() < 2**16 else pixels
+    if do_convert_rgb:
+        has_alpha = "A" in image.getbands() or "transparency" in image.info
+        image = image.convert("RGBA" if has_alpha else "RGB")
+    return np.asarray(image)
+
+
+def _to_8_bits(image: np.ndarray, keep_floats: bool) -> np.ndarray:
+    """Checks the range of an image's values, and brings them to uint8, or to float32 if `keep_floats`."""
+    if image.dtype == np.uint8:
+        return image
+    if np.issubdtype(image.dtype, np.floating):
+        if not np.isfinite(image).all():
+            raise ValueError("got NaN or infinite pixels, expected finite ones")
+        if keep_floats:
+            return image.astype(np.float32)
+    elif not np.issubdtype(image.dtype, np.integer):
+        raise ValueError(f"got pixels of the type {image.dtype}, expected integers or floats")
+    if image.dtype == np.uint16:
+        return np.rint(image / 257).astype(np.uint8)
+
+    low, high = image.min(), image.max()
+    if low < 0 or high > 255:
+        raise ValueError(f"got pixels in {low}..{high}, expected 0..255")
+    if 0 < high <= 1 and np.issubdtype(image.dtype, np.floating):
+        raise ValueError(f"got floats in {low}..{high}, expected 0..255; for pixels in 0..1 pass do_rescale=False")
+    return np.rint(image).astype(np.uint8)
+
+
+def _lay_on_white(image: np.ndarray) -> np.ndarray:
+    """(4, H, W) RGBA laid on white: (3, H, W), of the same type."""
+    white = 255 if image.dtype == np.uint8 else 1
+    alpha = image[3:] / np.float32(white)
+    color = alpha * image[:3] + (1 - alpha) * white
+    return np.rint(color).astype(np.uint8) if image.dtype == np.uint8 else color.astype(image.dtype)
+
+
+def _to_labels(label_map, ignore_index: int) -> np.ndarray:
+    """A label map in any form, as (H, W) int64."""
+    if isinstance(label_map, str | os.PathLike):
+        label_map = PIL.Image.open(label_map)
+    if isinstance(label_map, torch.Tensor):
+        label_map = label_map.detach().cpu().numpy()
+    if isinstance(label_map, PIL.Image.Image):
+        label_map.load()  # NumPy would not say that the file is truncated
+    elif not isinstance(label_map, np.ndarray):
+        raise ValueError(f"got {_describe(label_map)}, expected a PIL image, an array or a tensor")
+    labels = np.asarray(label_map)
+    if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[-1]):
+        labels = labels.squeeze(0 if labels.shape[0] == 1 else -1)
+    if labels.ndim != 2:
+        raise ValueError(f"got the shape {labels.shape}, expected one label per pixel, (H, W)")
+    if not np.issubdtype(labels.dtype, np.integer) and labels.dtype != bool:
+        raise ValueError(f"got values of the type {labels.dtype}, expected integers")
+    labels = labels.astype(np.int64)
+    if ((labels < 0) & (labels != ignore_index)).any() or (labels >= 2**31).any():
+        raise ValueError(
+            f"got labels in {labels.min()}..{labels.max()}, expected 0 or more (or ignore_index={ignore_index})"
+        )
+    return labels
+
+
+def _describe(value) -> str:
+    return f"{type(value).__name__} {value!r:.40}"
+
+
+def _size_of(image: "np.ndarray | torch.Tensor") -> tuple[int, int]:
+    return tuple(image.shape[-2:])
+
+
+def _resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
+    """The (height, width) an image is resized to."""
+    if size.height and size.width:
+        return size.height, size.width
+    if not size.shortest_edge or size.shortest_edge < 0 or (size.longest_edge or 1) < 0:
+        raise ValueError(
+            f"Got size={dict(size)}, expected 'shortest_edge' and, optionally, 'longest_edge', or 'height' and 'width', "
+            "all positive."
+        )
+    shortest = min(image_size)
+    sides = [size.shortest_edge if side == shortest else side * (size.shortest_edge / shortest) for side in image_size]
+    if size.longest_edge and max(sides) > size.longest_edge:
+        scale = size.longest_edge / max(sides)
+        sides = [side * scale for side in sides]
+    height, width = (max(1, int(side + 0.5)) for side in sides)
+    return height, width
+
+
+def _padded_size(image_sizes: list[tuple[int, int]], size_divisor: int | None, pad_size: SizeDict | None) -> SizeDict:
+    """The size a batch is padded to: `pad_size` if there is one, else the largest sides, rounded up to the divisor."""
+    if pad_size is not None:
+        return pad_size
+    divisor = size_divisor or 1
+    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*image_sizes))
+    return SizeDict(height=height, width=width)
+
+
+def _check_channels(image, image_mean, image_std, do_normalize: bool):
+    for name, value in (("image_mean", image_mean), ("image_std", image_std)):
+        if do_normalize and np.size(value) not in (1, image.shape[0]):
+            raise ValueError(
+                f"Got an image of {image.shape[0]} channels and {name} of {np.size(value)}: expected as many; "
+                "do_convert_rgb=True makes any image RGB."
+            )
+
+
+def _size_list(sizes, batch_size: int, name: str) -> list[tuple[int, int]] | None:
+    """Checks a list or tensor of sizes."""
+    if sizes is None:
+        return None
+    sizes = [tuple(int(side) for side in size) for size in sizes]
+    if len(sizes) != batch_size:
+        raise ValueError(f"Got {len(sizes)} {name} for outputs of {batch_size} images, expected as many.")
+    if any(len(size) != 2 or min(size) < 1 for size in sizes):
+        raise ValueError(f"Got {name}={sizes}, expected (height, width) of each image, both at least 1.")
+    return sizes
+
+
+def _interpolation_weights(cells: int, padded: int, cropped: int, target: int, device: torch.device) -> torch.Tensor:
+    """
+    (target, cells): what each target pixel takes from each mask pixel along one axis.
+
+    Bilinear resizing treats the axes apart and is linear on each, as is cropping. The resize to the padded input,
+    the crop and the resize to the target are thus one matrix per axis, whose columns are what becomes of a single 1.
+    """
+    unit = torch.eye(cells, device=device)[None]
+    unit = F.interpolate(unit, size=padded, mode="linear", align_corners=False)[..., :cropped]
+    return F.interpolate(unit, size=target, mode="linear", align_corners=False)[0].T
+
+
+def _segment(
+    mask_logits: torch.Tensor,
+    probabilities: torch.Tensor,
+    height_weights: torch.Tensor,
+    width_weights: torch.Tensor,
+    return_scores: bool,
+    num_labels: int | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Labels (H, W), and scores (C, H, W) if asked for, from mask logits (Q, h, w), class probabilities (C, Q) and the
+    weights of the resize, (H, h) and (W, w).
+    """
+    height, width, num_classes = len(height_weights), len(width_weights), len(probabilities)
+    other = num_labels if num_labels is not None and num_labels < num_classes else None
+    labels = torch.empty(height, width, dtype=torch.int64, device=mask_logits.device)
+    scores = None
+    if return_scores:
+        scores = mask_logits.new_empty(num_classes if other is None else other + 1, height, width)
+
+    for top in range(0, height, _TILE_SIDE):
+        rows = slice(top, top + _TILE_SIDE)
+        row_weights, strip = _drop_unused(height_weights[rows], mask_logits, axis=1)
+        for left in range(0, width, _TILE_SIDE):
+            columns = slice(left, left + _TILE_SIDE)
+            column_weights, cells = _drop_unused(width_weights[columns], strip, axis=2)
+            masks = (row_weights @ cells @ column_weights.T).sigmoid_()  # (Q, tile height, tile width)
+            if return_scores:
+                tile_scores = torch.einsum("cq,qhw->chw", probabilities, masks)
+                if other is not None:
+                    tile_scores = torch.cat((tile_scores[:other], tile_scores[other:].amax(0, keepdim=True)))
+                scores[:, rows, columns] = tile_scores
+                labels[rows, columns] = tile_scores.argmax(0)
+            else:
+                labels[rows, columns] = _best_class(masks.flatten(1), probabilities).view(masks.shape[1:])
+    if other is not None:
+        labels.clamp_(max=other)
+    return labels, scores
+
+
+def _best_class(masks: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """The class of the highest score at each of N pixels, (N,), from masks (Q, N) and class probabilities (C, Q)."""
+    # Only a class whose score could somewhere reach what the best class has everywhere can win at all: few can, in a
+    # small tile. The margin is more than the rounding error of a sum over queries.
+    highest, lowest = probabilities @ masks.amax(1), probabilities @ masks.amin(1)
+    candidates = (highest >= lowest.max() * (1 - 1e-4)).nonzero()[:, 0]
+    probabilities = probabilities[candidates].T
+    parts = masks.T.split(max(1, _SCORES_AT_ONCE // len(candidates)))
+    return candidates[torch.cat([(part @ probabilities).argmax(1) for part in parts])]
+
+
+def _drop_unused(weights: torch.Tensor, logits: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `weights` (pixels, cells) without the cells that no pixel takes from, and the logits of the cells left."""
+    used = weights.any(0).nonzero()[:, 0]
+    return weights[:, used], logits.index_select(axis, used)
+
+
+SANImageProcessorPil.register_for_auto_class()
+SANImageProcessor.register_for_auto_class()
