@@ -25,10 +25,8 @@ from transformers.image_utils import (
     load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import is_torchvision_available, logging
+from transformers.utils import is_torchvision_available
 
-
-logger = logging.get_logger(__name__)
 
 # Post-processing works on square tiles of this side, and on at most so many scores at a time. A tile is small enough
 # that few classes can win anywhere in it, large enough to keep the processor busy, and no power of two, which would
@@ -497,8 +495,8 @@ def _resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int
         return size.height, size.width
     if not size.shortest_edge or size.shortest_edge < 0 or (size.longest_edge or 1) < 0:
         raise ValueError(
-            f"Got size={dict(size)}, expected 'shortest_edge' and, optionally, 'longest_edge', or 'height' and 'width', "
-            "all positive."
+            f"Got size={dict(size)}, expected 'shortest_edge' and, optionally, 'longest_edge', or 'height' and "
+            "'width', all positive."
         )
     shortest = min(image_size)
     sides = [size.shortest_edge if side == shortest else side * (size.shortest_edge / shortest) for side in image_size]

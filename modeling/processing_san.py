@@ -1,0 +1,309 @@
+"""Processor of SAN: an image and class names in plain words, made into what the model takes."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# A class name takes the place of {}. "vild" is what SAN is trained and evaluated with; "imagenet" are the templates
+# of CLIP's zero-shot ImageNet classification.
+PROMPT_TEMPLATES = {
+    "vild": (
+        "a photo of a {}.",
+        "This is a photo of a {}",
+        "There is a {} in the scene",
+        "There is the {} in the scene",
+        "a photo of a {} in the scene",
+        "a photo of a small {}.",
+        "a photo of a medium {}.",
+        "a photo of a large {}.",
+        "This is a photo of a small {}.",
+        "This is a photo of a medium {}.",
+        "This is a photo of a large {}.",
+        "There is a small {} in the scene.",
+        "There is a medium {} in the scene.",
+        "There is a large {} in the scene.",
+    ),
+    "imagenet": (
+        "a bad photo of a {}.",
+        "a photo of many {}.",
+        "a sculpture of a {}.",
+        "a photo of the hard to see {}.",
+        "a low resolution photo of the {}.",
+        "a rendering of a {}.",
+        "graffiti of a {}.",
+        "a bad photo of the {}.",
+        "a cropped photo of the {}.",
+        "a tattoo of a {}.",
+        "the embroidered {}.",
+        "a photo of a hard to see {}.",
+        "a bright photo of a {}.",
+        "a photo of a clean {}.",
+        "a photo of a dirty {}.",
+        "a dark photo of the {}.",
+        "a drawing of a {}.",
+        "a photo of my {}.",
+        "the plastic {}.",
+        "a photo of the cool {}.",
+        "a close-up photo of a {}.",
+        "a black and white photo of the {}.",
+        "a painting of the {}.",
+        "a painting of a {}.",
+        "a pixelated photo of the {}.",
+        "a sculpture of the {}.",
+        "a bright photo of the {}.",
+        "a cropped photo of a {}.",
+        "a plastic {}.",
+        "a photo of the dirty {}.",
+        "a jpeg corrupted photo of a {}.",
+        "a blurry photo of the {}.",
+        "a photo of the {}.",
+        "a good photo of the {}.",
+        "a rendering of the {}.",
+        "a {} in a video game.",
+        "a photo of one {}.",
+        "a doodle of a {}.",
+        "a close-up photo of the {}.",
+        "a photo of a {}.",
+        "the origami {}.",
+        "the {} in a video game.",
+        "a sketch of a {}.",
+        "a doodle of the {}.",
+        "a origami {}.",
+        "a low resolution photo of a {}.",
+        "the toy {}.",
+        "a rendition of the {}.",
+        "a photo of the clean {}.",
+        "a photo of a large {}.",
+        "a rendition of a {}.",
+        "a photo of a nice {}.",
+        "a photo of a weird {}.",
+        "a blurry photo of a {}.",
+        "a cartoon {}.",
+        "art of a {}.",
+        "a sketch of the {}.",
+        "a embroidered {}.",
+        "a pixelated photo of a {}.",
+        "itap of the {}.",
+        "a jpeg corrupted photo of the {}.",
+        "a good photo of a {}.",
+        "a plushie {}.",
+        "a photo of the nice {}.",
+        "a photo of the small {}.",
+        "a photo of the weird {}.",
+        "the cartoon {}.",
+        "art of the {}.",
+        "a drawing of the {}.",
+        "a photo of the large {}.",
+        "a black and white photo of a {}.",
+        "the plushie {}.",
+        "a dark photo of a {}.",
+        "itap of a {}.",
+        "graffiti of the {}.",
+        "a toy {}.",
+        "itap of my {}.",
+        "a photo of a cool {}.",
+        "a photo of a small {}.",
+        "a tattoo of the {}.",
+    ),
+}
+
+
+class SANProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {
+        # To the longest prompt: CLIP's text tower is causal, so that padding changes nothing but the time it takes.
+        "text_kwargs": {"padding": True, "truncation": True},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+class SANProcessor(ProcessorMixin):
+    r"""
+    Wraps a [`SANImageProcessor`] and a CLIP tokenizer.
+
+    Args:
+        image_processor (`SANImageProcessor`):
+            For images and label maps.
+        tokenizer (`CLIPTokenizer`):
+            CLIP's tokenizer; its `model_max_length` limits prompts.
+        prompt_templates (`str` or `list[str]`, *optional*, defaults to `"vild"`):
+            `"vild"` (14 templates), `"imagenet"` (80), or your own, each with one `{}` where the class name goes.
+        chat_template:
+            Not used; part of every processor.
+
+    Raises:
+        ValueError: for templates that are none of these.
+    """
+
+    valid_processor_kwargs = SANProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        prompt_templates: str | Sequence[str] = "vild",
+        chat_template=None,
+    ):
+        _split_templates(prompt_templates)  # refuses what is none, before anything is saved with it
+        self.prompt_templates = prompt_templates if isinstance(prompt_templates, str) else list(prompt_templates)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: Sequence[str] | None = None,
+        segmentation_maps: ImageInput | None = None,
+        expansion: Sequence[str] | None = None,
+        prompt_templates: str | Sequence[str] | None = None,
+        **kwargs: Unpack[SANProcessorKwargs],
+    ) -> BatchFeature:
+        r"""
+        Prepares images, class names, or both.
+
+        Args:
+            images:
+                An image or a list of images, see [`SANImageProcessor`].
+            text (`list[str]`):
+                Class names in plain words. Their order is the order of the labels. Spaces around a name are dropped.
+            segmentation_maps:
+                A label map per image, with labels 0..`len(text)` - 1 (if there is `text`) or the ignore index.
+            expansion (`list[str]`, *optional*):
+                Further class names, for pixels that are none of `text`. Those that are not in `text` already follow
+                after it, see [`~SANProcessor.expand`]. Pass `num_labels=len(text)` to
+                [`~SANProcessor.post_process_semantic_segmentation`] to have them all as one "other" label.
+            prompt_templates (`str` or `list[str]`, *optional*, defaults to `self.prompt_templates`):
+                For this call only.
+            kwargs:
+                Of the image processor (such as `size`) and the tokenizer (such as `padding`).
+
+        Returns:
+            `BatchFeature` with what [`SANImageProcessor`] returns, if there are images, and with, if there is text,
+            for C classes, T templates, and L tokens in the longest prompt (the tokenizer's limit at most),
+            - **input_ids**: (C, T, L) int64;
+            - **attention_mask**: (C, T, L) int64, 1 for tokens and 0 for padding.
+
+        Raises:
+            ValueError: for names that are no vocabulary (none, blank, repeated, not strings), labels beyond them, and
+                whatever the image processor refuses. Names are repeated if they differ by capitals or spaces only,
+                which the tokenizer does not see.
+        """
+        if images is None and text is None:
+            raise ValueError("Got neither images nor text, expected at least one of them.")
+        if images is None and segmentation_maps is not None:
+            raise ValueError("Got segmentation maps without images, expected an image for each.")
+        if text is None and expansion is not None:
+            raise ValueError("Got an expansion without text, expected the class names it is to be added to.")
+        merged = self._merge_kwargs(SANProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+
+        data = {}
+        if text is not None:
+            names = _check_names(text, "text")
+            every_name = names if expansion is None else self.expand(names, expansion)
+            data |= self._tokenize(every_name, prompt_templates, merged["text_kwargs"])
+        if images is not None:
+            image_inputs = self.image_processor(images, segmentation_maps, **merged["images_kwargs"])
+            if text is not None and segmentation_maps is not None:
+                ignore_index = merged["images_kwargs"].get("ignore_index", self.image_processor.ignore_index)
+                _check_labels(image_inputs["labels"], names, ignore_index)
+            data |= image_inputs
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    @staticmethod
+    def expand(text: Sequence[str], expansion: Sequence[str]) -> list[str]:
+        """`text`, followed by the names of `expansion` that it does not have, whatever the capitals and spaces."""
+        names, more = _check_names(text, "text"), _check_names(expansion, "expansion")
+        own = {_key(name) for name in names}
+        return names + [name for name in more if _key(name) not in own]
+
+    def _tokenize(self, names: list[str], prompt_templates, text_kwargs: dict) -> dict[str, np.ndarray]:
+        for name in names:
+            for token in self.tokenizer.all_special_tokens:
+                if token in name:
+                    raise ValueError(f"Got the class name {name!r} with the tokenizer's own {token!r}: leave that out.")
+        templates = _split_templates(self.prompt_templates if prompt_templates is None else prompt_templates)
+        prompts = [before + name + after for name in names for before, after in templates]
+        tokens = self.tokenizer(prompts, return_tensors="np", **text_kwargs)
+
+        limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
+        if text_kwargs.get("truncation"):
+            # Only a prompt that fills the limit can have lost something to it
+            full = np.flatnonzero(tokens["attention_mask"].sum(-1) >= limit)
+            whole = self.tokenizer([prompts[i] for i in full], verbose=False)["input_ids"] if len(full) else []
+            for index in dict.fromkeys(i // len(templates) for i, ids in zip(full, whole) if len(ids) > limit):
+                logger.warning(
+                    f"The class name {names[index]!r:.200} makes a prompt of more than {limit} tokens, which is cut "
+                    "there: expected a few words."
+                )
+        shape = (len(names), len(templates), -1)
+        return {key: tokens[key].reshape(shape) for key in ("input_ids", "attention_mask")}
+
+    def post_process_semantic_segmentation(self, *args, **kwargs):
+        """Label maps from the model's outputs: see [`SANImageProcessor.post_process_semantic_segmentation`]."""
+        return self.image_processor.post_process_semantic_segmentation(*args, **kwargs)
+
+
+def _split_templates(templates: str | Sequence[str]) -> list[tuple[str, str]]:
+    """What each template has before and after the class name."""
+    if isinstance(templates, str):
+        if templates not in PROMPT_TEMPLATES:
+            raise ValueError(
+                f"Got prompt_templates={templates!r}, expected one of {list(PROMPT_TEMPLATES)} or a list of templates."
+            )
+        templates = PROMPT_TEMPLATES[templates]
+    pairs = []
+    for template in templates:
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ValueError(f"Got the prompt template {template!r}, expected a string with one {{}} for the name.")
+        pairs.append(tuple(template.split("{}")))
+    if not pairs:
+        raise ValueError("Got no prompt templates, expected at least one, such as 'a photo of a {}.'.")
+    return pairs
+
+
+def _key(name: str) -> str:
+    """Equal for names that the tokenizer cannot tell apart."""
+    return " ".join(name.lower().split())
+
+
+def _check_names(names: Sequence[str], what: str) -> list[str]:
+    """The names without spaces around them."""
+    if isinstance(names, str):
+        raise ValueError(
+            f"Got {what}={names!r:.80}, expected a list of class names: {[name.strip() for name in names.split(',')]}?"
+        )
+    names = list(names)
+    if not names:
+        raise ValueError(f"Got an empty {what}, expected at least one class name.")
+    first = {}
+    for index, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ValueError(f"Got {name!r:.80} at position {index} of {what}, expected a class name as a string.")
+        if not name.strip():
+            raise ValueError(f"Got a blank class name at position {index} of {what}, expected a word or more.")
+        if (other := first.setdefault(_key(name), index)) != index:
+            raise ValueError(
+                f"Got the class name {name!r:.80} at the positions {other} and {index} of {what}, expected each name "
+                "once: leave one out."
+            )
+    return [name.strip() for name in names]
+
+
+def _check_labels(label_maps, names: list[str], ignore_index: int):
+    for index, label_map in enumerate(label_maps):
+        labels = np.asarray(label_map)
+        wrong = np.unique(labels[(labels != ignore_index) & (labels >= len(names))]).tolist()
+        if wrong:
+            raise ValueError(
+                f"Segmentation map {index} has the labels {wrong[:10]}, expected 0..{len(names) - 1} for {len(names)} "
+                f"class names, or {ignore_index} to ignore a pixel."
+            )
+
+
+SANProcessor.register_for_auto_class()

@@ -1,0 +1,49 @@
+"""Class names of the benchmarks SAN is evaluated on, as the original evaluates them, in the order of the labels."""
+
+import json
+from importlib import resources
+
+
+# Of COCO-Stuff's 171 classes, "coco-stuff-only" are the 91 that are stuff (grass, sky) rather than things (cat, car).
+VOCABULARIES = (
+    "coco-stuff",
+    "coco-stuff-only",
+    "ade20k-150",
+    "ade20k-847",
+    "pascal-context-59",
+    "pascal-context-459",
+    "voc",
+)
+
+
+def load_vocabulary(name: str) -> list[str]:
+    """
+    The class names of a benchmark; label i is the i-th.
+
+    Raises:
+        ValueError: `name` is none of `VOCABULARIES`.
+    """
+    return [entry["name"] for entry in _load_classes(name)]
+
+
+def load_class_ids(name: str) -> list[int]:
+    """
+    What the benchmark's owners call each class in their annotations; label i is the i-th:
+    for COCO-Stuff the category id (its pixel maps hold the id - 1), for ADE20K-847 the object id, for Pascal
+    Context-59 the id among the 459 classes; otherwise they are 1, 2, 3, ...
+
+    Raises:
+        ValueError: `name` is none of `VOCABULARIES`.
+    """
+    return [entry["id"] for entry in _load_classes(name)]
+
+
+def _load_classes(name: str) -> list[dict]:
+    if name not in VOCABULARIES:
+        raise ValueError(f"There is no vocabulary {name!r}, expected one of {', '.join(VOCABULARIES)}.")
+    file = resources.files(__package__) / f"{name.removesuffix('-only')}.json"
+    classes = json.loads(file.read_text(encoding="utf-8"))
+    return [entry for entry in classes if not entry["thing"]] if name == "coco-stuff-only" else classes
+
+
+__all__ = ["VOCABULARIES", "load_class_ids", "load_vocabulary"]
