@@ -391,7 +391,11 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         adapter.setdefault("fusion_layers", [[round(recognition_layer * i / 3), i] for i in range(4)])
         # With patches of 14 pixels, 0.7 of 640 pixels is a whole number of them.
         adapter.setdefault("clip_image_scale", 0.7 if vision_config.patch_size == 14 else 0.5)
-        model = cls(SANConfig(clip_config=clip.config.to_dict(), **adapter)).to(clip.dtype)
+        model = cls._from_config(
+            SANConfig(clip_config=clip.config.to_dict(), **adapter),
+            dtype=clip.dtype,
+            attn_implementation=clip.config._attn_implementation,
+        )
         for name in ("text_model", "text_projection"):
             getattr(model, name).load_state_dict(getattr(clip, name).state_dict())
         for name in ("vision_model", "visual_projection"):
@@ -414,13 +418,22 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
             `torch.Tensor` of shape (C, D): the mean over the templates of the normalised embeddings, normalised.
 
         Raises:
-            ValueError: `input_ids` has another shape, or is longer than CLIP's context.
+            ValueError: `input_ids` has another shape or dtype, is longer than CLIP's context or holds other ids.
         """
-        context = self.config.clip_config.text_config.max_position_embeddings
-        if input_ids.dim() != 3 or not 0 < input_ids.shape[2] <= context or not input_ids.numel():
+        text_config = self.config.clip_config.text_config
+        context, vocab_size = text_config.max_position_embeddings, text_config.vocab_size
+        if input_ids.dim() != 3 or input_ids.is_floating_point() or not 0 < input_ids.shape[2] <= context:
             raise ValueError(
-                f"input_ids must be of shape (classes, templates, tokens) with at most {context} tokens and nothing "
-                f"empty, got {tuple(input_ids.shape)}. SANProcessor(text=[...]) makes them."
+                f"input_ids must be integers of shape (classes, templates, tokens) with at most {context} tokens, got "
+                f"{input_ids.dtype} of shape {tuple(input_ids.shape)}. SANProcessor(text=[...]) makes them."
+            )
+        if not input_ids.numel():
+            raise ValueError(f"No classes or no templates: input_ids is of shape {tuple(input_ids.shape)}.")
+        # Not while compiling: the answer depends on the data.
+        if not torch.compiler.is_compiling() and not 0 <= input_ids.min() <= input_ids.max() < vocab_size:
+            raise ValueError(
+                f"input_ids hold ids of {input_ids.min()}..{input_ids.max()}, outside CLIP's vocabulary of "
+                f"{vocab_size} tokens. Use the tokenizer that belongs to the checkpoint."
             )
         embeds = [
             F.normalize(self.text_projection(self.text_model(input_ids=prompts).pooler_output), dim=-1)
@@ -456,6 +469,8 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         if class_embeds is None:
             class_embeds = self.get_class_embeds(input_ids.to(self.device), attention_mask)
         self._check_class_embeds(class_embeds)
+        if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+            raise ValueError(f"class_names must be a list of strings, got {class_names!r}.")
         if len(class_names) != class_embeds.shape[0]:
             raise ValueError(f"Got {len(class_names)} class names for {class_embeds.shape[0]} class embeddings.")
         if len(set(class_names)) != len(class_names):

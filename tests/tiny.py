@@ -4,9 +4,10 @@ They have random weights or no training at all, and every path of the real thing
 before and after blocks, position embeddings on more than one row.
 """
 
+import torch
 from transformers import CLIPTokenizer
 
-from san_hf.modeling import SANConfig
+from san_hf.modeling import SANConfig, SANForSemanticSegmentation
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -60,3 +61,20 @@ def tiny_config(**overrides) -> SANConfig:
         "train_num_points": 64,
     }
     return SANConfig(**(config | overrides))
+
+
+def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value expected."""
+    assert got.shape == expected.shape, f"{tuple(got.shape)} is not {tuple(expected.shape)}"
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def randomized(config) -> SANForSemanticSegmentation:
+    """A model whose every parameter matters: nothing is zero, one, or too small to see."""
+    torch.manual_seed(0)
+    model = SANForSemanticSegmentation(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
+            parameter.copy_(parameter + noise if "norm" in name or parameter.dim() == 0 else noise)
+    return model

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from san_hf.conversion.convert import export_state_dict
-from san_hf.modeling import SANForSemanticSegmentation
 from tests.parity import oracle
-from tests.tiny import tiny_config
+from tests.tiny import randomized, relative_difference, tiny_config
 
 
 VARIANTS = {
@@ -32,23 +31,6 @@ VARIANTS = {
 }
 
 
-def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value expected."""
-    assert got.shape == expected.shape, f"{tuple(got.shape)} is not {tuple(expected.shape)}"
-    return ((got - expected).abs().max() / expected.abs().max()).item()
-
-
-def randomized(config) -> SANForSemanticSegmentation:
-    """A model whose every parameter matters: nothing is zero, one, or too small to see."""
-    torch.manual_seed(0)
-    model = SANForSemanticSegmentation(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
-            parameter.copy_(parameter + noise if "norm" in name or parameter.dim() == 0 else noise)
-    return model
-
-
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant_agrees_with_the_masked_one_sequence_formulation(variant, attn_implementation):
@@ -63,7 +45,7 @@ def test_variant_agrees_with_the_masked_one_sequence_formulation(variant, attn_i
     input_ids[..., 0], input_ids[..., -1] = 512, 513
     with torch.no_grad():
         outputs = model(
-            pixel_values, input_ids=input_ids, output_auxiliary_logits=True, output_hidden_states=True
+            pixel_values, input_ids=input_ids, output_auxiliary_logits=True, output_clip_feature_maps=True
         )
         original = {key: tensor.float() for key, tensor in export_state_dict(model.state_dict(), config).items()}
         expected = oracle.run(original, config, pixel_values, input_ids.transpose(0, 1))
