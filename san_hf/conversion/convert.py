@@ -282,7 +282,8 @@ def build_processor(config: SANConfig) -> SANProcessor:
         )
     return SANProcessor(
         image_processor=SANImageProcessor(
-            size={"shortest_edge": config.image_size, "longest_edge": 4 * config.image_size}
+            size={"shortest_edge": config.image_size, "longest_edge": 4 * config.image_size},
+            ignore_index=config.semantic_loss_ignore_index,
         ),
         tokenizer=clip_tokenizer(text_config.max_position_embeddings),
     )

@@ -106,16 +106,15 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "repos/create":
             asked = json.loads(body)
             repository = f"{asked.get('organization') or 'someone'}/{asked['name']}"
-            if repository in self.hub.repositories:
-                return self.reply({"error": "exists"}, 409)
-            self.hub.repositories[repository] = [{}]
-            return self.reply({"url": f"http://{self.headers['Host']}/{repository}", "name": repository})
+            status = 409 if repository in self.hub.repositories else 200
+            self.hub.repositories.setdefault(repository, [{}])
+            return self.reply({"url": f"http://{self.headers['Host']}/{repository}", "name": repository}, status)
         if path == "validate-yaml":
             return self.reply({"errors": [], "warnings": []})
         if path == "whoami-v2":
             return self.reply({"name": "someone", "type": "user"})
         if parts[0] == "models" and len(parts) >= 3:
-            repository, action, revision = "/".join(parts[1:3]), parts[3:4], "/".join(parts[4:]) or "main"
+            repository, action, revision, folder = "/".join(parts[1:3]), parts[3:4], (parts[4:5] or ["main"])[0], parts[5:]
             if repository not in self.hub.repositories:
                 return self.missing("RepoNotFound")
             files = self.hub.find(repository, revision)
@@ -137,7 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
                 url = f"http://{self.headers['Host']}/{repository}/commit/{sha}"
                 return self.reply({"success": True, "commitOid": sha, "commitUrl": url})
             if action == ["tree"]:
-                return self.reply([{"type": "file", "path": p, "oid": "0" * 40, "size": len(c)} for p, c in files.items()])
+                if folder:  # there are no folders
+                    return self.missing("EntryNotFound")
+                entries = [{"type": "file", "path": p, "oid": "0" * 40, "size": len(c)} for p, c in files.items()]
+                return self.reply(entries)
             siblings = [{"rfilename": name} for name in files]
             sha = revision if revision != "main" else self.hub.sha(repository)
             return self.reply({"id": repository, "modelId": repository, "sha": sha, "siblings": siblings})
