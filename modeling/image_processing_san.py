@@ -292,7 +292,9 @@ class _SANImageProcessing:
             raise ValueError(f"Got num_labels={num_labels}, expected 1..{num_classes}, the outputs' number of classes.")
         image_sizes = _size_list(getattr(outputs, "image_sizes", None), batch_size, "image_sizes")
         target_sizes = _size_list(target_sizes, batch_size, "target_sizes")
-        image_sizes, padded_size = self._sizes_in_model(image_sizes, target_sizes, tuple(mask_logits.shape[-2:]))
+        mask_size = tuple(mask_logits.shape[-2:])
+        sizes_in_model = self._sizes_in_model(image_sizes, target_sizes, mask_size)
+        image_sizes, padded_size = sizes_in_model or ([mask_size] * batch_size, mask_size)
 
         results = []
         for index, (image_size, target_size) in enumerate(zip(image_sizes, target_sizes or image_sizes)):
@@ -316,16 +318,20 @@ class _SANImageProcessing:
             )
         return results
 
-    def _sizes_in_model(self, image_sizes, target_sizes, mask_size) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-        """Each image's size inside the padded input, and the size of that input."""
-        derived = image_sizes is None and target_sizes is not None
-        if derived:
+    def _sizes_in_model(
+        self,
+        image_sizes: list[tuple[int, int]] | None,
+        target_sizes: list[tuple[int, int]] | None,
+        mask_size: tuple[int, int],
+    ) -> tuple[list[tuple[int, int]], tuple[int, int]] | None:
+        """Each image's size inside the padded input, and the size of that input; None where they are unknown."""
+        derived = image_sizes is None
+        if derived and target_sizes is not None:
             image_sizes = [_resized_size(size, self.size) if self.do_resize else size for size in target_sizes]
         if image_sizes is not None:
-            padded_size = max(height for height, _ in image_sizes), max(width for _, width in image_sizes)
-            if self.do_pad:
-                padded = _padded_size(image_sizes, self.size_divisor, self.pad_size)
-                padded_size = padded.height, padded.width
+            divisor, pad_size = (self.size_divisor, self.pad_size) if self.do_pad else (None, None)
+            padded = _padded_size(image_sizes, divisor, pad_size)
+            padded_size = padded.height, padded.width
             # The masks have one pixel per patch: some patch size p must give side // p on both axes.
             smallest = max(side / (cells + 1) for side, cells in zip(padded_size, mask_size))
             largest = min(side / cells for side, cells in zip(padded_size, mask_size))
@@ -336,9 +342,7 @@ class _SANImageProcessing:
                     f"outputs.image_sizes {image_sizes} make a padded input of {padded_size}, which does not fit masks "
                     f"of {mask_size}: use the outputs of one batch as they are, and the processor that prepared it."
                 )
-        # Images this processor did not resize
-        batch_size = 1 if target_sizes is None else len(target_sizes)
-        return [mask_size] * batch_size, mask_size
+        return None
 
 
 class SANImageProcessorPil(_SANImageProcessing, PilBackend):
