@@ -3,14 +3,13 @@
 Importing this registers SAN with the Auto classes, so that they take this code for every SAN checkpoint.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForSemanticSegmentation,
-    AutoProcessor,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation, AutoProcessor
 
+# Transformers up to 5.17 offers it at the top level only where torchvision imports
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from san_hf.conversion import convert_checkpoint, export_checkpoint
+from san_hf.hub import from_pretrained
 from san_hf.modeling import (
     SANConfig,
     SANForSemanticSegmentation,
@@ -19,6 +18,8 @@ from san_hf.modeling import (
     SANModel,
     SANProcessor,
 )
+from san_hf.segmentation import Segmentation, Segmenter
+from san_hf.vocabularies import VOCABULARIES, load_vocabulary
 
 
 __version__ = "0.1.0"
@@ -30,3 +31,20 @@ AutoImageProcessor.register(
     SANConfig, image_processor_classes={"torchvision": SANImageProcessor, "pil": SANImageProcessorPil}
 )
 AutoProcessor.register(SANConfig, SANProcessor)
+
+__all__ = [
+    "VOCABULARIES",
+    "SANConfig",
+    "SANForSemanticSegmentation",
+    "SANImageProcessor",
+    "SANImageProcessorPil",
+    "SANModel",
+    "SANProcessor",
+    "Segmentation",
+    "Segmenter",
+    "__version__",
+    "convert_checkpoint",
+    "export_checkpoint",
+    "from_pretrained",
+    "load_vocabulary",
+]
