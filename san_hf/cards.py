@@ -71,7 +71,8 @@ def render_card(
     """
     accepted = {"title", "datasets", "tags", *DEFAULTS, *OPTIONAL}
     if unknown := sorted(set(facts) - accepted):
-        raise ValueError(f"Unknown facts for a model card: {', '.join(unknown)}; known are {', '.join(sorted(accepted))}.")
+        known = ", ".join(sorted(accepted))
+        raise ValueError(f"Unknown facts for a model card: {', '.join(unknown)}; known are {known}.")
     facts = dict.fromkeys(OPTIONAL) | DEFAULTS | facts
     results = facts["results"]
     facts["results_columns"] = list(dict.fromkeys(column for row in results for column in row))

@@ -112,7 +112,7 @@ def export_checkpoint(
     """Writes a model as a checkpoint in the original's layout, `{"model": state dict}`, which the original can load.
 
     Args:
-        model: the model, or a Transformers folder.
+        model: the model, or a Transformers folder, or a repository on the Hub.
         output: the `.pth` file to write.
         dtype: floating-point type of the weights; the model's own by default. The temperature stays in float32, as
             the original keeps it.
@@ -124,13 +124,14 @@ def export_checkpoint(
 
     Raises:
         FileExistsError: `output` is there already.
-        ConversionError: the model's parameters aren't a SAN's own, e.g. with adapters of PEFT not yet merged.
+        ConversionError: the folder doesn't hold a complete SAN, or the model's parameters aren't a SAN's own, e.g.
+            with adapters of PEFT not yet merged.
     """
     output = Path(output).resolve()
     if output.is_dir() or (output.exists() and not overwrite):
         raise FileExistsError(f"'{output}' exists already. Choose another name, or allow overwriting a file.")
     if not isinstance(model, SANForSemanticSegmentation):
-        model = SANForSemanticSegmentation.from_pretrained(model)
+        model = _load_complete(model)
     if model.class_embeds is not None:
         logger.warning(
             "The original's layout has no place for the %d class names the model carries: they are left out.",
@@ -153,6 +154,18 @@ def export_checkpoint(
     finally:
         partial.unlink(missing_ok=True)
     return output
+
+
+def _load_complete(folder: str | Path) -> SANForSemanticSegmentation:
+    """The model of a folder, which must hold all of it: Transformers would draw what is missing at random."""
+    try:
+        model, info = SANForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # safetensors, torch and transformers each have errors of their own
+        raise ConversionError(f"'{folder}' can't be loaded as a SAN: {error}") from error
+    if info["missing_keys"]:
+        missing = name_some(sorted(info["missing_keys"]))
+        raise ConversionError(f"'{folder}' doesn't hold a complete SAN: its weights lack {missing}.")
+    return model
 
 
 def convert_state_dict(

@@ -39,7 +39,8 @@ def connect(monkeypatch, tmp_path):
 
     def connect(address: str, offline: bool = False):
         monkeypatch.setattr(constants, "ENDPOINT", address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        url_template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url_template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
 
     return connect

@@ -114,7 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "whoami-v2":
             return self.reply({"name": "someone", "type": "user"})
         if parts[0] == "models" and len(parts) >= 3:
-            repository, action, revision, folder = "/".join(parts[1:3]), parts[3:4], (parts[4:5] or ["main"])[0], parts[5:]
+            repository, action, folder = "/".join(parts[1:3]), parts[3:4], parts[5:]
+            revision = parts[4] if len(parts) > 4 else "main"
             if repository not in self.hub.repositories:
                 return self.missing("RepoNotFound")
             files = self.hub.find(repository, revision)

@@ -68,9 +68,13 @@ def test_revisions_and_cache_folder(hub, tmp_path):
 
 def test_at_the_same_time(hub, monkeypatch):
     """Catches two that convert at once: one of them would find the folder there already, and fail."""
-    calls = []
-    convert = san_hub.load.convert_checkpoint
-    monkeypatch.setattr(san_hub.load, "convert_checkpoint", lambda *args, **kw: calls.append(args) or convert(*args, **kw))
+    calls, convert = [], san_hub.load.convert_checkpoint
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return convert(*args, **kwargs)
+
+    monkeypatch.setattr(san_hub.load, "convert_checkpoint", counted)
     barrier = threading.Barrier(4)
 
     def together(_):
