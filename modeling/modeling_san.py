@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
 from .configuration_san import SANConfig
 from .loss_san import mask_classification_loss, split_semantic_map
-from .side_adapter_san import MaskDecoder, MaskDecoderMLP, SideAdapter
+from .side_adapter_san import AttentionBiasScaling, MaskDecoder, MaskDecoderLinear, SideAdapter
 
 
 # Prompts that go through the text tower at once: bounds memory for large vocabularies.
@@ -137,24 +137,20 @@ class SANPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        # Of code outside transformers, only modules with parameters of their own come here, not their parents.
         super()._init_weights(module)
         if isinstance(module, SideAdapter):
             for tokens in (module.query_tokens, module.query_position_embeddings, module.position_embeddings):
                 init.trunc_normal_(tokens, std=self.config.initializer_range)
-        elif isinstance(module, MaskDecoderMLP):
-            for layer in module.layers:
-                init.xavier_uniform_(layer.weight)
-        elif isinstance(module, MaskDecoder):
-            if module.bias_scaling is not None:
-                init.ones_(module.bias_scaling.weight)
-                init.zeros_(module.bias_scaling.bias)
+        elif isinstance(module, MaskDecoderLinear):
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, AttentionBiasScaling):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif isinstance(module, SANModel):
-            clip_width = self.config.clip_config.vision_config.hidden_size
-            init.normal_(module.visual_projection.weight, std=clip_width**-0.5)
             if module.recognition_tokens is not None:
-                init.normal_(module.recognition_tokens, std=clip_width**-0.5)
+                init.normal_(module.recognition_tokens, std=self.config.clip_config.vision_config.hidden_size**-0.5)
         elif isinstance(module, SANForSemanticSegmentation):
-            init.normal_(module.text_projection.weight, std=self.config.clip_config.text_config.hidden_size**-0.5)
             init.constant_(module.logit_scale, self.config.clip_config.logit_scale_init_value)
             init.normal_(module.no_object_embed, std=self.config.clip_config.projection_dim**-0.5)
             if module.class_embeds is not None:

@@ -177,18 +177,37 @@ class SideAdapter(nn.Module):
         return all_hidden_states, grid, all_attentions if output_attentions else []
 
 
+class MaskDecoderLinear(nn.Linear):
+    """A linear layer that starts Xavier-uniform (in `_init_weights`), unlike the others."""
+
+
 class MaskDecoderMLP(nn.Module):
     """Linear layers with ReLU between them, over the last dimension."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
         super().__init__()
         dims = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(dims[:-1], dims[1:]))
+        self.layers = nn.ModuleList(MaskDecoderLinear(i, o) for i, o in zip(dims[:-1], dims[1:]))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]:
             hidden_states = F.relu(layer(hidden_states))
         return self.layers[-1](hidden_states)
+
+
+class AttentionBiasScaling(nn.Module):
+    """
+    One scale and one offset for all attention biases: a 1-to-1 linear layer on every single value, written so that it
+    costs no (..., 1) matrix product and that no quantiser takes it for one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, attention_bias: torch.Tensor) -> torch.Tensor:
+        return attention_bias * self.weight.squeeze() + self.bias
 
 
 class MaskDecoder(nn.Module):
@@ -205,7 +224,7 @@ class MaskDecoder(nn.Module):
         self.attention_mlp = MaskDecoderMLP(
             config.hidden_size, hidden_dim, dim * self.num_bias_layers * self.num_bias_heads, num_layers
         )
-        self.bias_scaling = nn.Linear(1, 1) if config.rescale_attention_bias else None
+        self.bias_scaling = AttentionBiasScaling() if config.rescale_attention_bias else None
 
     def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -226,6 +245,5 @@ class MaskDecoder(nn.Module):
         attention_features = attention_features.permute(0, 2, 3, 4, 1)
         attention_bias = query_embeds[:, None, None] @ attention_features  # (B, n, heads, Q, Hs * Ws)
         if self.bias_scaling is not None:
-            # A 1-to-1 linear layer on every single value, written so that it costs no (..., 1) matrix product.
-            attention_bias = attention_bias * self.bias_scaling.weight.squeeze() + self.bias_scaling.bias
+            attention_bias = self.bias_scaling(attention_bias)
         return mask_logits.unflatten(-1, grid), attention_bias.unflatten(-1, grid)
