@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from san_hf.modeling import SANForSemanticSegmentation
+from san_hf import SANForSemanticSegmentation
 from tests.tiny import randomized
 
 

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPConfig
 
-from san_hf.modeling import SANConfig
+from san_hf import SANConfig
 from tests.tiny import tiny_config
 
 

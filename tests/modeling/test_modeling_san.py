@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
 
 import san_hf.modeling.modeling_san
-from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANModel
+from san_hf import SANConfig, SANForSemanticSegmentation, SANModel
 from tests.tiny import randomized, relative_difference, tiny_config
 
 
