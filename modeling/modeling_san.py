@@ -164,6 +164,13 @@ class SANPreTrainedModel(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_clip()
         return loaded
 
+    def save_pretrained(self, *args, **kwargs):
+        """[`PreTrainedModel.save_pretrained`]; [`AutoModel`] finds [`SANModel`] in the folder, whatever was saved."""
+        # Transformers adds the auto class of this very model, of which there can be one only.
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {**auto_map, "AutoModel": "modeling_san.SANModel"}
+        super().save_pretrained(*args, **kwargs)
+
     def freeze_clip(self):
         """Freezes CLIP but for its vision position embeddings, if `config.freeze_clip` (section 3 of the paper)."""
         if not self.config.freeze_clip:

@@ -17,7 +17,7 @@ def trainable(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# ---------------------------------------------------------------------------------------------------- what is trained
+# ---- what is trained
 
 
 L14 = {
@@ -64,7 +64,7 @@ def test_clip_is_frozen_but_for_its_vision_positions(config, tmp_path):
     assert trainable(thawed) == {name for name, _ in model.named_parameters()}
 
 
-# ------------------------------------------------------------------------------------------------- where classes come from
+# ---- where classes come from
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def test_vocabulary_of_another_size_is_not_loaded_silently(model, tmp_path):
     assert torch.equal(other.no_object_embed, model.no_object_embed)
 
 
-# ----------------------------------------------------------------------------------------------------------- on CLIP
+# ---- on CLIP
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
@@ -243,7 +243,7 @@ def test_from_clip_refuses_what_is_no_clip(tmp_path, config):
         SANForSemanticSegmentation.from_clip(tmp_path, num_querys=5)
 
 
-# ------------------------------------------------------------------------------------------------- outputs on request
+# ---- outputs on request
 
 
 @torch.no_grad()
@@ -332,7 +332,7 @@ def test_images_of_a_batch_are_independent(model, pixel_values, class_embeds):
             assert relative_difference(together[name][i : i + 1], alone[name]) < 1e-5, name
 
 
-# ------------------------------------------------------------------------------------------------------------- losses
+# ---- losses
 
 
 def test_loss_is_the_sum_of_its_weighted_parts(pixel_values, class_embeds, labels):
@@ -411,7 +411,7 @@ def test_stochastic_depth(pixel_values):
     assert kept.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
-# ----------------------------------------------------------------------------------------------------------- variants
+# ---- variants
 
 
 # Variants with the default's parameters, or fewer: the same weights must give another result.
@@ -459,7 +459,7 @@ def test_variants_train_and_differ(name, model, pixel_values, class_embeds, labe
         assert relative_difference(other, default) > 1e-3
 
 
-# ---------------------------------------------------------------------------------------------------------- bad input
+# ---- bad input
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def assert_same_outputs(got, expected, pixel_values, class_embeds, tolerance=0.0
         assert relative_difference(got[name].float(), expected[name].float()) <= tolerance, name
 
 
-# ---------------------------------------------------------------------------------------------------- saving and loading
+# ---- saving and loading
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "40KB"], ids=["one file", "shards"])
@@ -86,7 +86,8 @@ def test_half_precision(model, pixel_values, class_embeds, input_ids, folder, dt
     rounded = SANForSemanticSegmentation.from_pretrained(folder, dtype=dtype).float()
     assert_same_outputs(half, rounded, pixel_values, class_embeds, tolerance)
     assert_same_outputs(half, rounded, pixel_values.to(dtype), class_embeds, tolerance)
-    assert relative_difference(half.get_class_embeds(input_ids).float(), rounded.get_class_embeds(input_ids)) < tolerance
+    embeds, expected = (m.get_class_embeds(input_ids) for m in (half, rounded))
+    assert embeds.dtype == dtype and relative_difference(embeds.float(), expected) < tolerance
 
 
 def test_loss_in_half_precision(model, pixel_values, class_embeds, labels):
@@ -212,7 +213,7 @@ def test_pipeline_with_a_carried_vocabulary(model, class_embeds, tmp_path):
             assert torch.equal(mask, expected == names.index(segment["label"]))
 
 
-# -------------------------------------------------------------------------------------------------------- initialisation
+# ---- initialisation
 
 
 def test_every_parameter_is_initialised_by_init_weights(config, tmp_path):
@@ -263,7 +264,7 @@ def test_initialisation_is_what_it_says(config):
     assert model.logit_scale.item() == pytest.approx(big.clip_config.logit_scale_init_value)
 
 
-# -------------------------------------------------------------------------------------------- attention implementations
+# ---- attention implementations
 
 
 def gradients(model, pixel_values, class_embeds, labels) -> dict[str, torch.Tensor]:
@@ -346,7 +347,7 @@ def test_gradient_checkpointing(config, pixel_values, class_embeds, labels, use_
     assert_same_gradients(gradients(model, pixel_values, class_embeds, labels), expected, 1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------- compilation
+# ---- compilation
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
@@ -404,11 +405,12 @@ def test_inductor(model, pixel_values, class_embeds):
 @torch.no_grad()
 def test_export(model, pixel_values, class_embeds):
     """Anything `torch.export` can't trace: exported programs are how models leave Python."""
+    batch, classes = torch.export.Dim("batch"), torch.export.Dim("classes")
     program = torch.export.export(
         model,
         (pixel_values,),
         {"class_embeds": class_embeds},
-        dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}, "class_embeds": {0: torch.export.Dim("classes")}},
+        dynamic_shapes={"pixel_values": {0: batch}, "class_embeds": {0: classes}},
         strict=False,
     )
     images = torch.randn(3, 3, 56, 88)
@@ -417,10 +419,12 @@ def test_export(model, pixel_values, class_embeds):
         assert relative_difference(got[name], expected[name]) < 1e-5, name
 
 
-# -------------------------------------------------------------------------------------------------------- copies, adapters
+# ---- copies, adapters
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
 def test_copies_are_independent(model, pixel_values, class_embeds, copied):
     """A copy whose hooked layers still look at the original's configuration."""
     duplicate = copied(model)
@@ -475,7 +479,7 @@ def test_lora_on_clip_s_attention(model, pixel_values, class_embeds, labels, tmp
     assert_same_outputs(reloaded.merge_and_unload(), lora, pixel_values, class_embeds, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ---- training
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -531,7 +535,7 @@ def test_trainer_accumulates_gradients_as_means(config, class_embeds, tmp_path):
     assert norms[1] == pytest.approx(norms[0], rel=0.5)
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# ---- folders
 
 
 def test_saved_folder_is_what_transformers_expects(folder):
@@ -541,6 +545,7 @@ def test_saved_folder_is_what_transformers_expects(folder):
     assert config["architectures"] == ["SANForSemanticSegmentation"]
     assert config["auto_map"] == {
         "AutoConfig": "configuration_san.SANConfig",
+        "AutoModel": "modeling_san.SANModel",
         "AutoModelForSemanticSegmentation": "modeling_san.SANForSemanticSegmentation",
     }
     assert config["clip_config"]["vision_config"]["hidden_size"] == 32
