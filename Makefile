@@ -30,7 +30,8 @@ $(READY): setup.py pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/san-hf segment $(SAMPLE) --classes $(SAMPLE_CLASSES) --output outputs/demo
+	$(BIN)/san-hf segment san_hf/checkpoints/picture-book/sample.png --output outputs/demo --overwrite \
+		--classes "red house, blue car, white kite, yellow ball, sky, mountain, grass, sand, water"
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)

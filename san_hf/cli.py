@@ -35,6 +35,7 @@ app = typer.Typer(
     help="Open-vocabulary semantic segmentation with SAN: name what to look for, in plain words, and get a label for "
     "every pixel.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -97,7 +98,7 @@ def segment(
     images: Annotated[
         list[str],
         typer.Argument(
-            metavar="IMAGE...", show_default=False, help="Image files, folders (with all below them) or patterns."
+            metavar="IMAGE", show_default=False, help="Image files, folders (with all below them) or patterns."
         ),
     ],
     classes: Annotated[
@@ -105,7 +106,8 @@ def segment(
         typer.Option(
             metavar="NAMES",
             help='What to look for, separated by commas: "cat, grass, sky". A name with a comma goes in double '
-            "quotes. Every pixel gets one of these names, so name the background, too, or use --expand.",
+            "quotes. Every pixel gets one of these names, so name the background, too, or use --expand. Not needed if "
+            "the model carries names of its own.",
         ),
     ] = None,
     classes_file: Annotated[
