@@ -389,6 +389,9 @@ else:
     class SANImageProcessor(SANImageProcessorPil):
         __doc__ = SANImageProcessorPil.__doc__
 
+    # One class under both names, so that it does not matter by which of them an Auto class finds it
+    SANImageProcessorPil = SANImageProcessor
+
 
 def _flatten(items, ndim: int) -> Iterator:
     """The images in `items`: one image, a batch in one array of `ndim` + 1 dimensions, or (nested) lists of these."""
