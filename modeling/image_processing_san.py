@@ -21,7 +21,6 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
     load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -100,8 +99,8 @@ class _SANImageProcessing:
                 is a batch.
             segmentation_maps:
                 A label map per image, of the image's size before it is resized: PIL images (8-bit, palette, 16-bit
-                or 32-bit), arrays or tensors, (H, W), (H, W, 1) or (1, H, W), of integers >= 0 or `ignore_index`.
-                They are resized by nearest neighbour.
+                or 32-bit), arrays or tensors (H, W), of integers >= 0 or `ignore_index`. A 3-dimensional array or
+                tensor is a batch. They are resized by nearest neighbour.
             kwargs:
                 Any of the processor's attributes, for this call only.
 
@@ -220,15 +219,7 @@ class _SANImageProcessing:
         if image.ndim == 2:
             image = image[None]
         else:
-            if input_data_format is None:
-                try:
-                    input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
-                except ValueError:
-                    raise ValueError(
-                        f"got the shape {image.shape}, expected 1, 3 or 4 channels, first or last; for another number "
-                        "of channels say which with input_data_format"
-                    ) from None
-            if input_data_format == ChannelDimension.LAST:
+            if (input_data_format or _infer_format(image.shape)) == ChannelDimension.LAST:
                 image = np.moveaxis(image, -1, 0)
 
         image = _to_8_bits(image, keep_floats=not do_rescale)
@@ -418,6 +409,18 @@ def _open(source: str) -> PIL.Image.Image:
     return PIL.ImageOps.exif_transpose(PIL.Image.open(source)) if os.path.isfile(source) else load_image(source)
 
 
+def _infer_format(shape: tuple[int, int, int]) -> ChannelDimension:
+    """Where the channels of an array are. Three or four channels rather than one: an image of one row is likelier."""
+    channels = {ChannelDimension.FIRST: shape[0], ChannelDimension.LAST: shape[2]}
+    likely = [key for key in channels if channels[key] in (3, 4)] or [key for key in channels if channels[key] == 1]
+    if len(likely) != 1:
+        raise ValueError(
+            f"got the shape {shape}, expected 1, 3 or 4 channels either first or last: say which with "
+            "input_data_format='channels_first' or 'channels_last'"
+        )
+    return likely[0]
+
+
 def _pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool | None) -> np.ndarray:
     """(H, W) or (H, W, C) pixels; 8-bit RGB(A) if converted, except for 16-bit, 32-bit and float images."""
     image.load()  # NumPy would not say that the file is truncated
@@ -474,8 +477,6 @@ def _to_labels(label_map, ignore_index: int) -> np.ndarray:
     elif not isinstance(label_map, np.ndarray):
         raise ValueError(f"got {_describe(label_map)}, expected a PIL image, an array or a tensor")
     labels = np.asarray(label_map)
-    if labels.ndim == 3 and 1 in (labels.shape[0], labels.shape[-1]):
-        labels = labels.squeeze(0 if labels.shape[0] == 1 else -1)
     if labels.ndim != 2:
         raise ValueError(f"got the shape {labels.shape}, expected one label per pixel, (H, W)")
     if not np.issubdtype(labels.dtype, np.integer) and labels.dtype != bool:
