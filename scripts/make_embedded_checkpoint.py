@@ -12,6 +12,7 @@ A tokenizer, a tiny CLIP and a tiny SAN, each trained on the pages of `san_hf.da
 import argparse
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
 from multiprocessing import Pool
@@ -43,6 +44,7 @@ from san_hf.modeling.processing_san import PROMPT_TEMPLATES
 
 
 NAME = "picture-book"
+ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = PROMPT_TEMPLATES["vild"]
 CAPTIONS = (*TEMPLATES, "a {}", "the {}", "{}")
 
@@ -69,8 +71,8 @@ CROWDED = 27
 CLIP_LEARNING_RATE = 1.5e-3
 
 IMAGE_SIZE = 128  # shortest edge that SAN works at
-SAMPLE_SEED = 0
-SAMPLE = ("red house", "blue car", "white kite", "yellow ball")
+SAMPLE_SEED = (31, 58)
+SAMPLE = ("white ball", "blue car", "red car")  # novel, novel, base
 SAN = {
     "image_size": IMAGE_SIZE,
     "patch_size": 8,
@@ -313,23 +315,31 @@ def measure(model: SANForSemanticSegmentation, processor: SANProcessor, pages: i
 
 
 def save(model: SANForSemanticSegmentation, processor: SANProcessor, results: dict, folder: Path) -> None:
-    """Writes the folder: weights in half precision, everything else, card, figures and sample picture."""
+    """Writes the folder: weights in half precision, everything else, card, figures and sample picture.
+
+    The model's code is linked, not copied: here it lies beside the folder, and two copies would drift apart.
+    """
+    for code in folder.glob("*.py"):
+        code.unlink()
     rows = [
         {"dataset": f"picture book, {kind}", "mIoU": round(results[f"{key}_miou"], 1)}
         for kind, key in (("base compositions", "base"), ("novel compositions", "novel"), ("surroundings", "stuff"))
     ]
     save_pretrained(model.half(), processor, folder, facts=load_facts(NAME) | {"results": rows})
+    for code in folder.glob("*.py"):
+        code.unlink()
+        code.symlink_to(os.path.relpath(ROOT / "modeling" / code.name, folder.resolve()))
     # Stored in half precision, loaded in single.
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     book.draw_scene(SAMPLE_SEED, (512, 384), SAMPLE).image.save(folder / "sample.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("san_hf/checkpoints") / NAME, help="folder to write")
-    parser.add_argument("--work-dir", type=Path, default=Path("outputs") / NAME, help="folder for the CLIP alone")
+    parser.add_argument("--output", type=Path, default=ROOT / "san_hf" / "checkpoints" / NAME, help="folder to write")
+    parser.add_argument("--work-dir", type=Path, default=ROOT / "outputs" / NAME, help="folder for the CLIP alone")
     parser.add_argument("--reuse-clip", action="store_true", help="go on from the CLIP that an earlier run left there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fast", action="store_true", help="a few steps of everything, to show that it runs")

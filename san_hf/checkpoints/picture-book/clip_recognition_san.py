@@ -1,0 +1,1 @@
+../../../modeling/clip_recognition_san.py

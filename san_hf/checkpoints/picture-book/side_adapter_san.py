@@ -1,0 +1,1 @@
+../../../modeling/side_adapter_san.py
