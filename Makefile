@@ -26,7 +26,8 @@ setup: $(READY)
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(FIND_PYTHON); \
 		echo "Making $(VENV) with $$("$$python" --version)"; "$$python" -m venv --clear $(VENV); }
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[test]"
+	@echo "Installing the pinned packages. The first time this takes minutes: torch is large."
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable ".[test]"
 	@touch $@
 
 demo: $(READY)

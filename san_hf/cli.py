@@ -66,8 +66,8 @@ def show(text: str | Text = "", *, error: bool = False) -> None:
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path for people: names that aren't in the file system's encoding have replacement characters."""
-    return os.fsencode(path).decode(sys.getfilesystemencoding(), errors="replace")
+    """A path for people: line breaks, control characters and bytes that are no text are replaced."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in os.fspath(path))
 
 
 def fail(message: object) -> NoReturn:
@@ -88,6 +88,9 @@ def main(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
+    # Names of classes and files may have letters that a terminal hasn't.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
     # What goes wrong is said here, in one line.
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -229,6 +232,9 @@ def read_class_names(classes: list[str] | None, file: Path | None) -> list[str] 
         except (OSError, UnicodeDecodeError) as error:
             fail(f"--classes-file '{printable(file)}' can't be read: {error}")
     names = [name.strip() for name in names if name.strip()]
+    garbled = [name for name in names if any("\ud800" <= letter <= "\udfff" for letter in name)]
+    if garbled:
+        fail(f"The class name '{printable(garbled[0])}' is no text in this terminal's encoding. Expected UTF-8.")
     if not names:
         fail('Got no class name, expected at least one, for example --classes "cat, grass, sky".')
     return names
@@ -274,7 +280,7 @@ def name_outputs(names: list[Path], output: Path) -> list[Path]:
     taken, stems = set(), []
     for name in names:
         # File systems allow names of 255 bytes; endings take some of them.
-        name = name.with_name(os.fsencode(name.name)[:200].decode(errors="ignore"))
+        name = name.with_name(os.fsdecode(os.fsencode(name.name)[:200]))
         stem, number = name, 1
         while str(stem).casefold() in taken:
             number += 1

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +23,16 @@ from san_hf.vocabularies import load_vocabulary
 from tests.tiny import tiny_config, tiny_tokenizer
 
 
+ROOT = Path(__file__).parents[2]
 CLASSES = ["cat", "grass", "sky"]
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     """A saved model and processor: random weights that give more than one label to the picture below."""
-    torch.manual_seed(5)
     folder = tmp_path_factory.mktemp("model") / "tiny"
     model = SANForSemanticSegmentation(tiny_config(recognition_token="learned", num_queries=20))
+    torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -265,6 +268,23 @@ def test_long_names(run, photo):
     assert len(list(Path("outputs").glob("*.labels.png"))) == 2
 
 
+def test_any_name(photo, model_folder, tmp_path):
+    """Catches names of files or classes that end the run because a terminal can't show them."""
+    names = [b"-dash.png", b"n\xff.png", b"line\nbreak.png", "\N{CAT} [red]x[bold].png".encode()]
+    for name in names:
+        photo.save(tmp_path / "x.png")
+        os.rename(tmp_path / "x.png", os.fsencode(tmp_path) + b"/" + name)
+    command = [sys.executable, "-m", "san_hf.cli", "segment", ".", "--model", model_folder, "-f", "json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    command += ["--classes", "\N{CAT}, {}, [bold]"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert sorted(os.listdir(os.fsencode(tmp_path / "outputs"))) == sorted(name[:-3] + b"json" for name in names)
+    classes = json.loads((tmp_path / "outputs" / "-dash.json").read_text(encoding="utf-8"))["classes"]
+    assert [entry["name"] for entry in classes] == ["\N{CAT}", "{}", "[bold]"]
+    assert b"[red]x[bold].png -> " in done.stdout
+
+
 @pytest.mark.parametrize("pattern", ["nothing*.png", "void"])
 def test_nothing_to_do(run, pattern):
     """Catches a success that did nothing."""
@@ -363,6 +383,7 @@ def test_class_names(run, photo):
         ([], " , ,", "at least one"),
         ([], "cat, sky, cat", "cat"),
         ([], 'cat, "sky', "double quotes"),
+        ([], os.fsdecode(b"cat, sk\xff"), "UTF-8"),
         ([], None, "no class names of its own"),
         (["--classes-file", "missing.txt"], None, "missing.txt"),
         (["--classes-file", "photo.png"], None, "photo.png"),
