@@ -95,10 +95,9 @@ class SANConfig(PreTrainedConfig):
     """
 
     model_type = "san"
-    # transformers < 5.20 knows `sub_configs`, later ones derive it from `sub_configs_defaults`; drop the former when
-    # the oldest supported transformers has the latter.
+    # The older name of `sub_configs_defaults`, which transformers < 5.20 lacks and 5.20 wants in another form than later
+    # ones; __post_init__ builds the configuration itself.
     sub_configs = {"clip_config": CLIPConfig}
-    sub_configs_defaults = {"clip_config": CLIPConfig}
 
     clip_config: dict | CLIPConfig | None = None
     hidden_size: int = 240
