@@ -17,12 +17,12 @@ DEFAULTS = {
     "results": [],
     "definitions": {
         "mIoU": (
-            "intersection over union, averaged over the classes that occur in the ground truth; what the release's "
-            "logs report."
+            "intersection over union, averaged over the classes that occur in the ground truth, as the release's logs "
+            "have it."
         ),
         "mIoU (paper)": (
             "the same sum divided by the number of classes that occur in the ground truth or the predictions, so that "
-            "a class that is only predicted counts as 0; what the paper's table reports. Where many classes are "
+            "a class that is only predicted counts as 0, as the paper's table has it. Where many classes are "
             "absent from a data set the two differ a lot."
         ),
         "fwIoU": "intersection over union, weighted by the classes' frequency in the ground truth.",

@@ -47,7 +47,7 @@ def push_to_hub(
     create_pr: bool = False,
     commit_message: str = "Upload SAN",
 ) -> CommitInfo:
-    """Uploads model, processor and card in one commit, to a repository that is made if it isn't there.
+    """Uploads model, processor and card together, to a repository that is made if it isn't there.
 
     Args:
         model, processor: what to upload.
