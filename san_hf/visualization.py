@@ -126,7 +126,7 @@ def draw_overlay(
         image.convert("RGB").resize(size, Image.Resampling.BICUBIC), colorize(label_map, colors), opacity
     )
     picture.paste((255, 255, 255), mask=_outlines(label_map))
-    font_size = max(12, max(size) // 40)
+    font_size = max(14, max(size) // 40)
     draw = ImageDraw.Draw(picture)
     for label, position in _placements(label_map, class_names, font_size).items():
         name = _short(class_names[label])

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from san_hf.cards import load_facts
 from san_hf.cli import app
 
 
@@ -107,13 +108,14 @@ def test_make_targets_exist():
 
 
 def test_the_demo_runs(workplace, tmp_path):
-    """Catches a `make demo` that fails, writes no picture, or shows no legend."""
+    """Catches a `make demo` that fails, writes no picture, shows no legend, or asks for what the sample hasn't."""
     if shutil.which("make") is None:
         pytest.skip("no make here")
     _, environment = workplace
     recipe = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (command,) = [line for line in recipe.replace("\\\n", " ").splitlines() if "san-hf segment" in line]
     words = shlex.split(command)
+    assert words[words.index("--classes") + 1].split(", ") == load_facts("picture-book")["sample_classes"]
     words[words.index("--output") + 1] = str(tmp_path)
     program = [sys.executable, "-m", "san_hf.cli", *words[1:]]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True)
