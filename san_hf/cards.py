@@ -1,5 +1,6 @@
 """Model cards: the facts of a checkpoint (`model_cards/*.yaml`) put into one template (`model_cards/template.md`)."""
 
+import re
 from importlib.resources import files
 from typing import Any
 
@@ -96,7 +97,7 @@ def render_card(
         eval_results=[
             EvalResult(
                 task_type="image-segmentation",
-                dataset_type=row["dataset"].lower().replace(" ", "-"),
+                dataset_type=re.sub(r"[^a-z0-9]+", "-", row["dataset"].lower()),
                 dataset_name=row["dataset"],
                 metric_type="mean_iou",
                 metric_name="mIoU",
