@@ -95,8 +95,8 @@ class SANConfig(PreTrainedConfig):
     """
 
     model_type = "san"
-    # The older name of `sub_configs_defaults`, which transformers < 5.20 lacks and 5.20 wants in another form than later
-    # ones; __post_init__ builds the configuration itself.
+    # The older name of `sub_configs_defaults`, which transformers < 5.20 lacks and 5.20 wants in another form than
+    # later ones; __post_init__ builds the configuration itself.
     sub_configs = {"clip_config": CLIPConfig}
 
     clip_config: dict | CLIPConfig | None = None

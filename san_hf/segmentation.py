@@ -14,8 +14,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from san_hf.conversion import RELEASES
-from san_hf.hub import from_pretrained, resolve
-from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANProcessor
+from san_hf.hub import from_pretrained
+from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.visualization import OTHER_COLOR, class_colors, colorize, draw_overlay
 from san_hf.vocabularies import load_vocabulary
 
@@ -257,8 +257,7 @@ class Segmenter:
 
 def load_model(name_or_path: str | os.PathLike, dtype: torch.dtype) -> tuple[SANForSemanticSegmentation, SANProcessor]:
     """
-    [`san_hf.hub.from_pretrained`] for a checkpoint that is to be used as it is, where a missing parameter is an error
-    and not a reason to draw it at random.
+    [`san_hf.hub.from_pretrained`], with one kind of error whatever the reason.
 
     Raises:
         ModelError: there is no such model, or it isn't a complete SAN.
@@ -270,20 +269,10 @@ def load_model(name_or_path: str | os.PathLike, dtype: torch.dtype) -> tuple[SAN
             f"`san-hf convert {name} FOLDER`."
         )
     try:
-        location = resolve(name)
-        model_type = SANConfig.get_config_dict(location)[0].get("model_type")
-        if model_type != SANConfig.model_type:
-            raise ModelError(f"Expected a config.json of model_type {SANConfig.model_type!r}, got {model_type!r}.")
-        (model, info), processor = from_pretrained(
-            location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-        wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-        if wrong:
-            raise ModelError(f"Its weights lack these, or have them in another shape: {', '.join(wrong[:10])}.")
+        return from_pretrained(name, dtype=dtype)
     # Broken files make torch, safetensors and tokenizers fail in ways of their own.
     except Exception as error:
         names = (EMBEDDED_MODEL, *RELEASES)
         looked_for = f"There is no folder here of that name, and it is none of {', '.join(names)}. On the Hub: "
         prefix = "" if os.path.isdir(name) or name in names else looked_for
         raise ModelError(f"The model '{name}' can't be loaded. {prefix}{str(error).strip()}") from error
-    return model, processor

@@ -64,7 +64,7 @@ def main():
         sizes = [(arguments.height, arguments.width)] * arguments.batch_size
         outputs.image_sizes = torch.tensor(sizes)
         result = vars(arguments) | {
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads",
+            "device_name": name_of(device),
             "torch": torch.__version__,
             "classes": len(names),
             "text_ms": median_ms(lambda: model.get_class_embeds(**text)),
@@ -78,6 +78,10 @@ def main():
     else:
         result["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     print(json.dumps(result))
+
+
+def name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def synchronize(device: torch.device):

@@ -9,7 +9,8 @@ from huggingface_hub import constants, hf_hub_download
 
 import san_hf
 from san_hf.conversion import HUB_REPO, RELEASES, Release, convert_checkpoint
-from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+from san_hf.conversion.checkpoint import name_some
+from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANProcessor
 
 
 def resolve(
@@ -56,7 +57,7 @@ def from_pretrained(
     local_files_only: bool = False,
     **kwargs,
 ) -> tuple[SANForSemanticSegmentation, SANProcessor]:
-    """A model and its processor, by name.
+    """A model and its processor, by name; complete, where Transformers would fill what is missing at random.
 
     Args:
         name_or_path: as in [`resolve`]: "san-vit-b-16", "san-vit-large-14", a folder, or a repository on the Hub.
@@ -68,10 +69,25 @@ def from_pretrained(
 
     Raises:
         OSError: there is no such model, or it can't be reached.
+        ValueError: it is another kind of model, or its weights are incomplete.
     """
     where = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
     location = resolve(name_or_path, **where)
-    model = SANForSemanticSegmentation.from_pretrained(location, **where, **kwargs)
+    model_type = SANConfig.get_config_dict(location, **where)[0].get("model_type")
+    if model_type != SANConfig.model_type:
+        raise ValueError(
+            f"'{location}' is no SAN: expected a config.json of model_type {SANConfig.model_type!r}, got "
+            f"{model_type!r}."
+        )
+    model, info = SANForSemanticSegmentation.from_pretrained(
+        location, output_loading_info=True, ignore_mismatched_sizes=True, **where, **kwargs
+    )
+    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise ValueError(
+            f"The weights of '{location}' lack these, or have them in another shape: {name_some(wrong)}. Get the "
+            "folder again, or load it with SANForSemanticSegmentation.from_pretrained to train what is missing."
+        )
     return model, SANProcessor.from_pretrained(location, **where)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from san_hf.modeling import SANConfig
 
+
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden"
 GOLDEN_NAMES = ("tiny_b16", "tiny_l14")
 

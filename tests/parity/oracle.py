@@ -32,7 +32,8 @@ def _attention(q, k, v, num_heads, mask=None):
 
 def _clip_block(sd, name, x, num_heads, mask=None):
     """OpenAI CLIP's residual block with QuickGELU."""
-    qkv = F.linear(_norm(sd, f"{name}.ln_1", x, 1e-5), sd[f"{name}.attn.in_proj_weight"], sd[f"{name}.attn.in_proj_bias"])
+    in_proj = f"{name}.attn.in_proj"
+    qkv = F.linear(_norm(sd, f"{name}.ln_1", x, 1e-5), sd[f"{in_proj}_weight"], sd[f"{in_proj}_bias"])
     x = x + _linear(sd, f"{name}.attn.out_proj", _attention(*qkv.chunk(3, -1), num_heads, mask))
     hidden = _linear(sd, f"{name}.mlp.c_fc", _norm(sd, f"{name}.ln_2", x, 1e-5))
     return x + _linear(sd, f"{name}.mlp.c_proj", hidden * torch.sigmoid(1.702 * hidden))
@@ -132,7 +133,8 @@ def mask_decoder(sd, config, queries, patches):
 def recognize(sd, config, clip_map, class_token, biases):
     """Deep CLIP layers on [recognition, class, patches] under a dense mask; mask embeddings (B, Q, D)."""
     vision = config.clip_config.vision_config
-    batch, grid, num_heads, q = len(clip_map), tuple(clip_map.shape[-2:]), vision.num_attention_heads, config.num_queries
+    batch, grid = len(clip_map), tuple(clip_map.shape[-2:])
+    num_heads, q = vision.num_attention_heads, config.num_queries
     patches = clip_map.flatten(2).transpose(1, 2)
     tokens = torch.zeros(batch, q, clip_map.shape[1])
     if "class" in config.recognition_token:

@@ -47,7 +47,8 @@ def model(request, folders, golden):
 
 def prepare(processor, images, **kwargs):
     """Images as the original was fed: as they are, without the resize."""
-    return processor(images=[image.numpy() for image in images], do_resize=False, input_data_format="channels_first", **kwargs)
+    images = [image.numpy() for image in images]
+    return processor(images=images, do_resize=False, input_data_format="channels_first", **kwargs)
 
 
 def token_ids(golden):
@@ -92,7 +93,7 @@ def test_every_tap(golden, model, processor):
 
 
 def test_score_map_at_another_size(golden, model, processor):
-    """Wrong order of resize, crop, sigmoid and class sum; scores over no-object; a label map that isn't their argmax."""
+    """Wrong order of resize, crop, sigmoid and class sum; scores over no-object; labels that aren't their argmax."""
     inputs = prepare(processor, [golden.io["image"]], text=golden.meta["vocabulary"])
     with torch.no_grad():
         outputs = model(**inputs)
