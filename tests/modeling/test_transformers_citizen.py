@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
@@ -23,6 +24,7 @@ from transformers import (
     set_seed,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.testing_utils import CaptureLogger
 
 import san_hf.modeling
 from san_hf import SANConfig, SANForSemanticSegmentation, SANImageProcessor, SANModel, SANProcessor
@@ -203,8 +205,10 @@ def test_pipeline_with_a_carried_vocabulary(model, class_embeds, tmp_path):
     (expected,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=[(50, 80)])
     model.save_pretrained(tmp_path)
     image_processor.save_pretrained(tmp_path)
-    by_path = pipeline("image-segmentation", model=str(tmp_path))
-    by_object = pipeline("image-segmentation", model=model, image_processor=image_processor)
+    with CaptureLogger(transformers.utils.logging.get_logger("transformers.pipelines.base")) as logged:
+        by_path = pipeline("image-segmentation", model=str(tmp_path))
+        by_object = pipeline("image-segmentation", model=model, image_processor=image_processor)
+    assert "not supported" not in logged.out
     for segmenter in (by_path, by_object):
         segments = segmenter(image)
         assert {segment["label"] for segment in segments} == {names[i] for i in expected.unique()}
