@@ -112,7 +112,7 @@ def select_hidden_states(
     hidden_states: list[torch.Tensor], selection: bool | int | list[int]
 ) -> tuple[torch.Tensor | None, ...] | None:
     """What `output_hidden_states` asks for: all of them, or, by index, some, the others being None."""
-    if not selection:
+    if selection is None or selection is False:
         return None
     if selection is True:
         return tuple(hidden_states)
