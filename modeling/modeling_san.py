@@ -172,7 +172,7 @@ class SANPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
     def freeze_clip(self):
-        """Freezes CLIP but for its vision position embeddings, if `config.freeze_clip` (section 3 of the paper)."""
+        """Freezes CLIP, all but its vision position embeddings, if `config.freeze_clip`."""
         if not self.config.freeze_clip:
             return
         for name, parameter in self.named_parameters():

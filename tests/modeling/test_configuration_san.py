@@ -11,7 +11,7 @@ from tests.tiny import tiny_config
 
 
 def test_defaults_are_the_paper_s_on_clip_b16():
-    """A default that drifts from REFERENCE: checkpoints converted without a configuration would be built wrong."""
+    """A default that drifts from the releases: checkpoints converted without a configuration would be built wrong."""
     config = SANConfig()
     vision, text = config.clip_config.vision_config, config.clip_config.text_config
     assert (vision.hidden_size, vision.num_hidden_layers, vision.num_attention_heads) == (768, 12, 12)
