@@ -60,7 +60,8 @@ class SANConfig(PreTrainedConfig):
         num_bias_heads (`int`, *optional*):
             Attention bias maps per query: `None` for one for each of CLIP's vision heads, 1 for one shared by all.
         num_bias_layers (`int`, *optional*, defaults to 1):
-            1 to use the same attention bias in all deep CLIP layers, or their number for one each.
+            1 to use the same attention bias in all deep CLIP layers, or their number for one each. 0 for no bias at
+            all: every query then asks CLIP about the whole image, which shows by comparison what the bias does.
         rescale_attention_bias (`bool`, *optional*, defaults to `True`):
             Whether the attention bias passes through a learned scalar affine layer.
         bias_pooling (`str`, *optional*, defaults to `"max"`):
@@ -192,9 +193,9 @@ class SANConfig(PreTrainedConfig):
                 f"num_bias_heads must be None, 1 or CLIP's {vision.num_attention_heads} heads, got "
                 f"{self.num_bias_heads}"
             )
-        if self.num_bias_layers not in (1, self.num_deep_layers):
+        if self.num_bias_layers not in (0, 1, self.num_deep_layers):
             problems.append(
-                f"num_bias_layers must be 1 or the number of deep CLIP layers ({self.num_deep_layers}), got "
+                f"num_bias_layers must be 0, 1 or the number of deep CLIP layers ({self.num_deep_layers}), got "
                 f"{self.num_bias_layers}"
             )
         if not self.clip_image_scale > 0:

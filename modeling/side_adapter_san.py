@@ -221,10 +221,13 @@ class MaskDecoder(nn.Module):
         dim, hidden_dim, num_layers = config.mask_embed_dim, config.decoder_hidden_size, config.decoder_num_layers
         self.query_mlp = MaskDecoderMLP(config.hidden_size, hidden_dim, dim, num_layers)
         self.pixel_mlp = MaskDecoderMLP(config.hidden_size, hidden_dim, dim, num_layers)
-        self.attention_mlp = MaskDecoderMLP(
-            config.hidden_size, hidden_dim, dim * self.num_bias_layers * self.num_bias_heads, num_layers
-        )
-        self.bias_scaling = AttentionBiasScaling() if config.rescale_attention_bias else None
+        self.attention_mlp = self.bias_scaling = None
+        if self.num_bias_layers:
+            self.attention_mlp = MaskDecoderMLP(
+                config.hidden_size, hidden_dim, dim * self.num_bias_layers * self.num_bias_heads, num_layers
+            )
+            if config.rescale_attention_bias:
+                self.bias_scaling = AttentionBiasScaling()
 
     def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -233,11 +236,14 @@ class MaskDecoder(nn.Module):
             grid: (Hs, Ws).
 
         Returns:
-            Mask logits (B, Q, Hs, Ws) and attention bias (B, n, heads, Q, Hs, Ws), heads being h or 1.
+            Mask logits (B, Q, Hs, Ws) and attention bias (B, n, heads, Q, Hs, Ws), heads being h or 1. Without a bias
+            (num_bias_layers 0) it is zeros of shape (B, 1, 1, Q, Hs, Ws).
         """
         queries, patches = hidden_states.split([self.num_queries, grid[0] * grid[1]], dim=1)
         query_embeds = self.query_mlp(queries)  # (B, Q, c)
         mask_logits = query_embeds @ self.pixel_mlp(patches).transpose(1, 2)  # (B, Q, Hs * Ws)
+        if self.attention_mlp is None:
+            return mask_logits.unflatten(-1, grid), torch.zeros_like(mask_logits)[:, None, None].unflatten(-1, grid)
         # (B, Hs * Ws, n * heads * c) -> (B, n, heads, c, Hs * Ws)
         attention_features = self.attention_mlp(patches).unflatten(
             2, (self.num_bias_layers, self.num_bias_heads, query_embeds.shape[-1])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from san_hf.conversion.checkpoint import ConversionError
 from san_hf.modeling import SANConfig
 
 
@@ -58,7 +59,13 @@ class Entry(NamedTuple):
 
 
 def layout(config: SANConfig) -> list[Entry]:
-    """Every tensor that the original stores for a model of this configuration, but for the two it could compute."""
+    """Every tensor that the original stores for a model of this configuration, but for the two it could compute.
+
+    Raises:
+        ConversionError: the original can't be built so.
+    """
+    if not config.num_bias_layers:
+        raise ConversionError("The original has no model without an attention bias (num_bias_layers 0).")
     return [*_side_adapter(config), *_clip_vision(config), *_clip_text(config)]
 
 

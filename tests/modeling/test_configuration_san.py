@@ -66,7 +66,7 @@ CONTRADICTIONS = {
     "recognition token": ({"recognition_token": "cls"}, "recognition_token must be one of"),
     "pooling": ({"bias_pooling": "min"}, "bias_pooling must be one of"),
     "bias heads": ({"num_bias_heads": 3}, "num_bias_heads must be None, 1 or CLIP's 2 heads, got 3"),
-    "bias layers": ({"num_bias_layers": 3}, "num_bias_layers must be 1 or the number of deep CLIP layers (2), got 3"),
+    "bias layers": ({"num_bias_layers": 3}, "num_bias_layers must be 0, 1 or the number of deep CLIP layers"),
     "scale": ({"clip_image_scale": 0}, "clip_image_scale must be positive, got 0"),
     "drop path": ({"drop_path_rate": 1.0}, "drop_path_rate must be in [0, 1), got 1.0"),
     "no queries": ({"num_queries": 0}, "num_queries must be at least 1, got 0"),

@@ -432,6 +432,7 @@ VARIANTS = {
 SHAPES = {
     "one bias head": {"num_bias_heads": 1},
     "deep biases": {"num_bias_layers": 2},
+    "no bias": {"num_bias_layers": 0},
     "three supervised layers": {"deep_supervision_layers": [1, 2, 3]},
     "patch 14": {"patch_size": 14, "image_size": 56},
     "grey": {"num_channels": 1},

@@ -462,6 +462,11 @@ def test_export_refusals(folder, tmp_path, caplog):
         export_checkpoint(model, tmp_path, overwrite=True)
     assert (tmp_path / "there.pth").read_text() == "precious"
 
+    without_bias = SANForSemanticSegmentation(SANConfig(**(model.config.to_dict() | {"num_bias_layers": 0})))
+    with pytest.raises(ConversionError, match="without an attention bias"):
+        export_checkpoint(without_bias, tmp_path / "unbiased.pth")
+    assert not (tmp_path / "unbiased.pth").exists()
+
     model.set_vocabulary(["cat", "grass"], class_embeds=torch.eye(2, 32))
     exported = read_original(export_checkpoint(model, tmp_path / "there.pth", overwrite=True))
     assert "no place for the 2 class names" in caplog.text

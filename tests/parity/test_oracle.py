@@ -77,7 +77,15 @@ def test_attention_bias_steers_recognition():
     with torch.no_grad():
         steered = model.model(pixel_values).mask_embeds
         model.model.mask_decoder.bias_scaling.weight.zero_()
+        model.model.mask_decoder.bias_scaling.bias.zero_()
         unsteered = model.model(pixel_values).mask_embeds
     assert relative_difference(steered, unsteered) > 1e-2
     # Without a bias all queries ask CLIP the same thing.
     assert relative_difference(unsteered[:, :1].expand_as(unsteered), unsteered) < 1e-5
+    # The configuration that leaves the bias out is the same function.
+    without = randomized(tiny_config(num_bias_layers=0)).model
+    without.load_state_dict({k: v for k, v in model.model.state_dict().items() if k in without.state_dict()})
+    with torch.no_grad():
+        outputs = without(pixel_values)
+    assert relative_difference(outputs.mask_embeds, unsteered) < 1e-5
+    assert not outputs.attention_bias.any()
