@@ -34,7 +34,7 @@ class ColorJitter:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "ColorJitter":
-        """Each of the four changes with probability 1/2, uniformly in its range; contrast first with probability 1/2."""
+        """Each of the four changes with probability 1/2, uniform in its range; contrast first with probability 1/2."""
         applied = rng.random(4) < 0.5
         ranges = {"brightness": (-32, 32), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.1, 0.1)}
         changes = {name: rng.uniform(*limits) for name, limits in ranges.items()}
