@@ -1,10 +1,12 @@
-"""The command line: `san-hf segment`, `convert`, `export`."""
+"""The command line: `san-hf segment`, `convert`, `export`, `prepare`."""
 
 import csv
+import functools
 import glob
 import os
 import re
 import sys
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,6 +23,7 @@ from transformers.utils import logging
 
 import san_hf
 from san_hf.conversion import convert_checkpoint, export_checkpoint
+from san_hf.data.command import prepare
 from san_hf.hub import resolve
 from san_hf.segmentation import EMBEDDED_MODEL, FORMATS, Segmentation, Segmenter, output_files
 
@@ -405,6 +408,22 @@ def export(
     except (OSError, ValueError) as error:
         fail(error)
     show(f"Wrote {printable(file)}")
+
+
+def plainly(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, whose errors end it with a line rather than a stack trace."""
+
+    @functools.wraps(command)
+    def run(*args, **kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except (OSError, ValueError) as error:
+            fail(error)
+
+    return run
+
+
+app.command(no_args_is_help=True)(plainly(prepare))
 
 
 if __name__ == "__main__":

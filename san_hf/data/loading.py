@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
+from san_hf.conversion.checkpoint import name_some
 from san_hf.modeling import SANImageProcessorPil
 from san_hf.vocabularies import VOCABULARIES, load_vocabulary
 
@@ -232,8 +233,8 @@ def read_class_names(source: str | os.PathLike | Sequence[str]) -> list[str]:
             labels = {str(label) for label in range(len(names))}
             if set(names) != labels:
                 raise DataError(
-                    f"{where} names the labels {_some(sorted(set(names) ^ labels))} not or in excess: expected every "
-                    f"one of 0..{len(names) - 1}."
+                    f"{where} has {len(names)} names, expected them for the labels 0..{len(names) - 1}; not so: "
+                    f"{name_some(sorted(set(names) ^ labels))}."
                 )
             names = [names[str(label)] for label in range(len(names))]
         # Blank lines at the end are no classes; one in between would shift the labels of all that follow.
@@ -458,7 +459,7 @@ def _pair_files(images: Path, labels: Path) -> datasets.Dataset:
         found[folder] = files
     for here, there in ((images, labels), (labels, images)):
         if lonely := [str(path) for stem, path in found[here].items() if stem not in found[there]]:
-            raise DataError(f"No file of the same name in '{there}' for {_some(lonely)}.")
+            raise DataError(f"No file of the same name in '{there}' for {name_some(lonely)}.")
     if not found[images]:
         raise DataError(f"There is no image in '{images}', expected at least one.")
     columns = {
@@ -468,7 +469,3 @@ def _pair_files(images: Path, labels: Path) -> datasets.Dataset:
     }
     features = {"image": ImageFeature(), "label": ImageFeature(), "file_name": datasets.Value("string")}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
