@@ -99,6 +99,19 @@ class SANConfig(PreTrainedConfig):
     # The older name of `sub_configs_defaults`, which transformers < 5.20 lacks and 5.20 wants in another form than
     # later ones; __post_init__ builds the configuration itself.
     sub_configs = {"clip_config": CLIPConfig}
+    # What Trainer collects in evaluation is the rest: class_queries_logits and masks_queries_logits.
+    keys_to_ignore_at_inference = [
+        "loss_dict",
+        "mask_embeds",
+        "class_embeds",
+        "attention_bias",
+        "image_sizes",
+        "auxiliary_logits",
+        "hidden_states",
+        "clip_feature_maps",
+        "attentions",
+        "recognition_attentions",
+    ]
 
     clip_config: dict | CLIPConfig | None = None
     hidden_size: int = 240
