@@ -175,7 +175,7 @@ def load_segmentation_dataset(
         if os.path.isdir(source):
             listed = next(filter(Path.is_file, _class_files(Path(source), split)), None)
             name = Path(source).resolve().name
-    dataset = _select_columns(dataset, f"'{source}'", split, image_column, label_column)
+    dataset = _select_columns(dataset, source, split, image_column, label_column)
 
     if metadata is not None:
         name = metadata["name"]
@@ -369,6 +369,8 @@ def _load(
         dataset = datasets.load_dataset(**arguments, split=split, streaming=streaming)
     # Every builder, file system and network has errors of its own.
     except Exception as error:
+        if "corresponds to no data" in str(error):
+            raise _empty(split, source) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise DataError(
             f"The split {split!r} of '{source}' can't be loaded: {reason}. Expected a folder that san-hf prepare "
@@ -377,16 +379,19 @@ def _load(
     return dataset
 
 
-def _select_columns(dataset, where: str, split: str, image_column: str | None, label_column: str | None):
+def _select_columns(dataset, source: str, split: str, image_column: str | None, label_column: str | None):
     """The columns under our names, not decoded."""
+    where = f"'{source}'"
+    # Before anything else: of a stream, columns would be decoded on the way to a selection of them.
+    dataset = _undecoded(dataset)
     first = None
     if isinstance(dataset, datasets.IterableDataset):
-        first = next(iter(_undecoded(dataset)), None)
+        first = next(iter(dataset), None)
         empty = first is None
     else:
         empty = len(dataset) == 0
     if empty:
-        raise DataError(f"The split {split!r} of {where} is empty, expected at least one image.")
+        raise _empty(split, source)
     columns = dataset.column_names or list(first)
 
     def find(role: str, given: str | None, usual: Sequence[str]) -> str:
@@ -416,7 +421,11 @@ def _select_columns(dataset, where: str, split: str, image_column: str | None, l
     if file_name is not None:
         names[file_name] = "file_name"
     dataset = dataset.select_columns(list(names))
-    return _undecoded(dataset.rename_columns({old: new for old, new in names.items() if old != new}))
+    return dataset.rename_columns({old: new for old, new in names.items() if old != new})
+
+
+def _empty(split: str, source: str) -> DataError:
+    return DataError(f"The split {split!r} of '{source}' is empty, expected at least one image.")
 
 
 def _undecoded(dataset):
