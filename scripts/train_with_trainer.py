@@ -20,7 +20,7 @@ import torch
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from san_hf.data import load_segmentation_dataset
+from san_hf.data import DataError, load_segmentation_dataset
 from san_hf.segmentation import load_model
 from san_hf.training import SegmentationCollator, TrainingTransform, parameter_groups, polynomial_schedule
 from san_hf.training.trainer import EvaluationExamples, TrainerMetrics, TrainingExamples
@@ -125,8 +125,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         preprocess_logits_for_metrics=metrics.label_maps,
     )
     resume = options.resume and os.path.isdir(options.output)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) if resume else None)
-    results = trainer.evaluate()
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) if resume else None)
+        results = trainer.evaluate()
+    except DataError as error:  # from a worker process, the message comes with a stack trace before it
+        sys.exit("Error: " + str(error).splitlines()[-1].rpartition("DataError: ")[2])
     trainer.save_model()
     if trainer.is_world_process_zero():
         processor.save_pretrained(options.output)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -249,3 +250,14 @@ def test_says_what_is_wrong(folder, tmp_path, arguments, message):
     given = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--output", str(tmp_path), *arguments]
     with pytest.raises(SystemExit, match=message):
         run_main(*given)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_names_a_broken_image(folder, tmp_path, workers):
+    """Also when it is a worker process that meets it; by its file name, and without that process's stack trace."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    broken = tmp_path / "data" / "train" / "images" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    given = ["--model", str(folder / "model"), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"^Error: data: 3\.png \(train\[3\]\): the image can't be read"):
+        run_main(*given, "--batch-size", "2", "--steps", "3", *OPTIONS, "--num-workers", str(workers))
