@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -83,6 +82,6 @@ def prepare(
     if repository is not None:
         try:
             typer.echo(f"Uploaded: {push_dataset(output, repository, private=not public)}")
-        except (HfHubHTTPError, OSError) as error:
+        except Exception as error:  # networks fail in many ways, and not all of their errors are OSErrors
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"'{output}' is complete, but could not be uploaded to '{repository}': {reason}") from error

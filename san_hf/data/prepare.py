@@ -100,6 +100,7 @@ def prepare_benchmark(
     if not source.is_dir():
         raise DataError(f"There is no folder '{source}', expected the one with the files of {benchmark.title}.")
     if finished := _read_finished(output, benchmark, splits):
+        shutil.rmtree(output / STAGING_FOLDER, ignore_errors=True)
         return finished
 
     sources = {split: _list_sources(benchmark, source, split, allow_incomplete) for split in splits}

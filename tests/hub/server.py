@@ -16,9 +16,10 @@ class Hub:
     repositories: dict[str, list[dict[str, bytes]]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
 
-    def commit(self, repository: str, files: dict[str, bytes]) -> str:
+    def commit(self, repository: str, files: dict[str, bytes], removed: set[str] = frozenset()) -> str:
         history = self.repositories.setdefault(repository, [])
-        history.append((history[-1] if history else {}) | files)
+        kept = {path: content for path, content in (history[-1] if history else {}).items() if path not in removed}
+        history.append(kept | files)
         return self.sha(repository)
 
     def sha(self, repository: str, index: int = -1) -> str:
@@ -79,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("api/"):
             self.api(path.removeprefix("api/"), body)
         elif "/resolve/" in path:
-            repository, _, rest = path.partition("/resolve/")
+            repository, _, rest = path.removeprefix("datasets/").partition("/resolve/")
             revision, _, name = rest.partition("/")
             self.resolve(repository, revision, name)
         else:
@@ -113,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply({"errors": [], "warnings": []})
         if path == "whoami-v2":
             return self.reply({"name": "someone", "type": "user"})
-        if parts[0] == "models" and len(parts) >= 3:
+        if parts[0] in ("models", "datasets") and len(parts) >= 3:
             repository, action, folder = "/".join(parts[1:3]), parts[3:4], parts[5:]
             revision = parts[4] if len(parts) > 4 else "main"
             if repository not in self.hub.repositories:
@@ -133,7 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
                     for line in lines
                     if line["key"] == "file"
                 }
-                sha = self.hub.commit(repository, new)
+                removed = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
+                sha = self.hub.commit(repository, new, removed)
                 url = f"http://{self.headers['Host']}/{repository}/commit/{sha}"
                 return self.reply({"success": True, "commitOid": sha, "commitUrl": url})
             if action == ["tree"]:
