@@ -26,6 +26,7 @@ from san_hf.conversion import convert_checkpoint, export_checkpoint
 from san_hf.data.command import prepare
 from san_hf.hub import resolve
 from san_hf.segmentation import EMBEDDED_MODEL, FORMATS, Segmentation, Segmenter, output_files
+from san_hf.training.command import train
 
 
 EMBEDDED_NOTE = (
@@ -424,6 +425,7 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app.command(no_args_is_help=True)(plainly(prepare))
+app.command(no_args_is_help=True)(train)
 
 
 if __name__ == "__main__":
