@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from .configuration_san import SANConfig
@@ -47,6 +48,43 @@ def split_semantic_map(
     return mask_labels, class_labels
 
 
+class SegmentationCriterion(Mask2FormerLoss):
+    """
+    Mask2Former's criterion with every loss normalised over all processes: the mean of the processes' losses (and, with
+    DistributedDataParallel, of their gradients) is that of one process with the batches of all.
+    """
+
+    def get_num_masks(self, class_labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+        """Masks of a process, on average, but at least 1. (The parent divides by the number of processes twice.)"""
+        num_masks = torch.as_tensor(sum(map(len, class_labels)), dtype=torch.float, device=device)
+        return mean_over_processes(num_masks).clamp(min=1)
+
+    def loss_labels(self, class_queries_logits: torch.Tensor, class_labels, indices) -> dict[str, torch.Tensor]:
+        """Cross-entropy divided by the sum of the weights that a process has on average, rather than by its own."""
+        losses = super().loss_labels(class_queries_logits, class_labels, indices)
+        if not is_distributed():
+            return losses
+        num_queries = class_queries_logits.shape[0] * class_queries_logits.shape[1]
+        num_matched = sum(len(queries) for queries, _ in indices)
+        weight = num_matched + self.eos_coef * (num_queries - num_matched)
+        weight = torch.as_tensor(weight, dtype=torch.float, device=class_queries_logits.device)
+        return {name: loss * (weight / mean_over_processes(weight)) for name, loss in losses.items()}
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def mean_over_processes(value: torch.Tensor) -> torch.Tensor:
+    """The mean of what each process has."""
+    if not is_distributed():
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
 def mask_classification_loss(
     predictions: list[tuple[torch.Tensor, torch.Tensor]],
     mask_labels: list[torch.Tensor],
@@ -65,8 +103,8 @@ def mask_classification_loss(
 
     Returns:
         `loss_cross_entropy`, `loss_mask` and `loss_dice`, each multiplied by its weight, of the last layer; the same
-        with the suffix `_0`, `_1`, ... for the earlier ones. Their sum is the training loss. With accelerate, the
-        mask losses are divided by the number of masks averaged over all processes.
+        with the suffix `_0`, `_1`, ... for the earlier ones. Their sum is the training loss. Where several processes
+        train together, each has to call this: the losses are normalised over all of them.
 
     Raises:
         ValueError: the labels don't fit each other, the batch or the classes.
@@ -96,7 +134,7 @@ def mask_classification_loss(
         "loss_dice": config.dice_weight,
     }
     device = predictions[-1][0].device
-    criterion = Mask2FormerLoss(
+    criterion = SegmentationCriterion(
         # The criterion wants a Mask2FormerConfig, but the number of classes is the caller's, call by call.
         SimpleNamespace(
             num_labels=num_labels,
