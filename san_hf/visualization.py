@@ -1,6 +1,7 @@
-"""Label maps as pictures: colours, class maps, overlays with names and a legend."""
+"""Label maps as pictures: colours, class maps, overlays with names and a legend, and comparisons."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -15,6 +16,10 @@ MAX_NAME_LENGTH = 40
 READABLE_SIZE = 640
 # Regions are analysed at this size at most: where a name goes needs no more.
 PLACEMENT_SIZE = 512
+# In comparisons: what has no label, what is wrong, and the longer side of each picture.
+UNLABELLED_COLOR = (24, 24, 24)
+ERROR_COLOR = (230, 30, 30)
+COMPARISON_SIZE = 320
 
 
 def class_colors(num_classes: int) -> np.ndarray:
@@ -139,7 +144,7 @@ def draw_overlay(
             stroke_width=max(2, font_size // 8),
             stroke_fill=(0, 0, 0),
         )
-    return _with_legend(picture, label_map, class_names, colors, font_size)
+    return _with_legend(picture, _shares(label_map, class_names, colors), font_size)
 
 
 def _outlines(label_map: np.ndarray) -> Image.Image:
@@ -173,16 +178,126 @@ def _placements(label_map: np.ndarray, class_names: Sequence[str], font_size: in
     return placements
 
 
-def _with_legend(
-    picture: Image.Image, label_map: np.ndarray, class_names: Sequence[str], colors: np.ndarray, font_size: int
+@dataclass(frozen=True)
+class Comparison:
+    """
+    One image, what is on it, and what models make of it.
+
+    Attributes:
+        title: what to write over it.
+        image: the picture.
+        label_map: (H, W) integers, the ground truth.
+        predictions: (H, W) integers from 0 by the model's name; those beyond the classes are shown as "other".
+        scores: each model's mIoU on this image, in percent, to write over its prediction; nan for none.
+    """
+
+    title: str
+    image: Image.Image
+    label_map: np.ndarray
+    predictions: dict[str, np.ndarray]
+    scores: dict[str, float]
+
+
+def draw_comparisons(
+    comparisons: Sequence[Comparison], class_names: Sequence[str], ignore_index: int, font_size: int = 15
 ) -> Image.Image:
-    """The picture with a strip below: colour, name and share of each class in it, largest first."""
+    """
+    A grid: for each comparison a row of the image, the ground truth, and for each model its prediction and its errors;
+    a legend of the classes that occur below. Pictures are scaled to `COMPARISON_SIZE`.
+
+    Args:
+        comparisons: of the same models.
+        class_names: one for each label.
+        ignore_index: what pixels without a label have in the label maps. They are no errors, whatever is predicted.
+        font_size: in pixels.
+
+    Raises:
+        ValueError: no comparisons, maps of another size than their image, or labels without a name.
+    """
+    if not comparisons:
+        raise ValueError("Got no comparisons to draw, expected at least one.")
+    num_labels = len(class_names)
+    # Beyond the classes: "other", "no label".
+    colors = np.concatenate([class_colors(num_labels), [OTHER_COLOR], [UNLABELLED_COLOR]])
+    models = list(comparisons[0].predictions)
+    rows, seen = [], np.zeros(len(colors), dtype=bool)
+    for comparison in comparisons:
+        truth = np.where(comparison.label_map == ignore_index, num_labels + 1, comparison.label_map)
+        predictions = [np.minimum(comparison.predictions[model], num_labels) for model in models]
+        for label_map in (truth, *predictions):
+            if label_map.shape != (comparison.image.height, comparison.image.width):
+                raise ValueError(
+                    f"{comparison.title}: a label map is {label_map.shape}, its image "
+                    f"{(comparison.image.height, comparison.image.width)} (height, width): they must be of the same "
+                    "size."
+                )
+            seen[np.unique(label_map)] = True
+        pictures = [_fit(comparison.image.convert("RGB"), Image.Resampling.BICUBIC)]
+        pictures.append(_fit(colorize(truth, colors), Image.Resampling.NEAREST))
+        for prediction in predictions:
+            pictures.append(_fit(colorize(prediction, colors), Image.Resampling.NEAREST))
+            pictures.append(_errors(pictures[0], truth, prediction, num_labels + 1))
+        rows.append(pictures)
+
+    gap, line = font_size * 2 // 3, font_size * 3 // 2
+    width = max(max(pictures[0].width for pictures in rows), font_size * 10)
+    canvas = Image.new(
+        "RGB",
+        (
+            gap + len(rows[0]) * (width + gap),
+            gap + line + sum(line + pictures[0].height + gap for pictures in rows),
+        ),
+        (255, 255, 255),
+    )
+    draw = ImageDraw.Draw(canvas)
+
+    def write(text: str, column: int, y: int, columns: int = 1) -> None:
+        room = columns * (width + gap) - gap
+        x = gap + column * (width + gap)
+        draw.text((x, y + line / 2), _cut(text, font_size, room), (0, 0, 0), _font(text, font_size), anchor="lm")
+
+    headers = ["image", "ground truth", *(text for model in models for text in (model, "its errors"))]
+    for column, header in enumerate(headers):
+        write(header, column, gap)
+    y = gap + line
+    for comparison, pictures in zip(comparisons, rows):
+        write(comparison.title, 0, y, columns=2)
+        for number, model in enumerate(models):
+            if np.isfinite(comparison.scores[model]):
+                write(f"mIoU {comparison.scores[model]:.1f}", 2 + 2 * number, y)
+        for column, picture in enumerate(pictures):
+            canvas.paste(picture, (gap + column * (width + gap), y + line))
+        y += line + pictures[0].height + gap
+    names = [*class_names, "other", "no label"]
+    entries = [(colors[label], _short(names[label])) for label in np.flatnonzero(seen)]
+    return _with_legend(canvas, [*entries, (ERROR_COLOR, "wrong")], font_size)
+
+
+def _fit(picture: Image.Image, resample: Image.Resampling) -> Image.Image:
+    scale = COMPARISON_SIZE / max(picture.size)
+    return picture.resize([max(1, round(side * scale)) for side in picture.size], resample)
+
+
+def _errors(picture: Image.Image, truth: np.ndarray, prediction: np.ndarray, unlabelled: int) -> Image.Image:
+    """The picture in pale grey, red where the prediction is wrong, and dark where there is no label."""
+    wrong = _fit(Image.fromarray((truth != prediction) & (truth != unlabelled)), Image.Resampling.NEAREST)
+    missing = _fit(Image.fromarray(truth == unlabelled), Image.Resampling.NEAREST)
+    pale = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, (255, 255, 255)), 0.45)
+    red = Image.blend(pale, Image.new("RGB", picture.size, ERROR_COLOR), 0.75)
+    pale.paste(red, mask=wrong)
+    pale.paste(UNLABELLED_COLOR, mask=missing)
+    return pale
+
+
+def _shares(label_map: np.ndarray, class_names: Sequence[str], colors: np.ndarray) -> list[tuple[np.ndarray, str]]:
+    """Colour, and name with its share, of each class in the map, largest first."""
     counts = np.bincount(label_map.ravel(), minlength=len(class_names))
     present = [label for label in np.argsort(-counts, kind="stable") if counts[label]]
-    entries = [
-        (tuple(int(v) for v in colors[label]), f"{_short(class_names[label])} {counts[label] / label_map.size:.1%}")
-        for label in present
-    ]
+    return [(colors[label], f"{_short(class_names[label])} {counts[label] / label_map.size:.1%}") for label in present]
+
+
+def _with_legend(picture: Image.Image, entries: Sequence[tuple[Sequence[int], str]], font_size: int) -> Image.Image:
+    """The picture with a strip below: the (colour, text) of each entry."""
     line, gap = font_size * 3 // 2, font_size * 2 // 3
     widths = [line + _font(text, font_size).getlength(text) + gap for _, text in entries]
     canvas_width = max(picture.width, 320, round(max(widths)) + gap)
@@ -197,9 +312,20 @@ def _with_legend(
     draw = ImageDraw.Draw(canvas)
     for (color, text), (x, y) in zip(entries, positions):
         top = picture.height + y
-        draw.rectangle((x, top + 1, x + font_size, top + 1 + font_size), fill=color, outline=(0, 0, 0))
+        fill = tuple(int(value) for value in color)
+        draw.rectangle((x, top + 1, x + font_size, top + 1 + font_size), fill=fill, outline=(0, 0, 0))
         draw.text((x + line - 2, top + 1 + font_size / 2), text, (0, 0, 0), _font(text, font_size), anchor="lm")
     return canvas
+
+
+def _cut(text: str, font_size: int, room: float) -> str:
+    """The text, cut to the room there is, in pixels."""
+    text, font = " ".join(text.split()), _font(text, font_size)
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(text + "…") > room:
+        text = text[:-1]
+    return text.rstrip() + "…"
 
 
 def _short(name: str) -> str:

@@ -1,0 +1,102 @@
+"""Predictions in the format of COCO-Stuff's owners: a run-length code per label and image, in one JSON file."""
+
+import heapq
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from san_hf.vocabularies import load_class_ids, load_vocabulary
+
+
+def category_ids(class_names: Sequence[str]) -> list[int]:
+    """What the predictions call each label: for COCO-Stuff's classes their ids, otherwise the labels themselves."""
+    if list(class_names) == load_vocabulary("coco-stuff"):
+        return load_class_ids("coco-stuff")
+    return list(range(len(class_names)))
+
+
+def encode_predictions(label_map: np.ndarray, ids: Sequence[int], index: int, name: str) -> list[dict]:
+    """
+    One image's predictions.
+
+    Args:
+        label_map: (H, W) integers; those of `len(ids)` and above are none of the classes, and left out.
+        ids: the category id of each label.
+        index: of the image.
+        name: of its file.
+
+    Returns:
+        For each label that occurs "image_id" (the file's name as a number, "000000000139.jpg" -> 139, or else
+        `index`), "file_name", "category_id", and "segmentation", a run-length code of COCO's: {"size": [H, W],
+        "counts": text}.
+    """
+    stem = Path(name).stem
+    image_id = int(stem) if stem.isascii() and stem.isdecimal() else index
+    entries = []
+    for label in np.unique(label_map[label_map < len(ids)]).tolist():
+        code = coco_mask.encode(np.asfortranarray(label_map == label, dtype=np.uint8))
+        segmentation = {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+        entries.append(
+            {"image_id": image_id, "file_name": name, "category_id": ids[label], "segmentation": segmentation}
+        )
+    return entries
+
+
+class PredictionWriter:
+    """
+    One process's predictions, a line for each image, written as they come.
+
+    Args:
+        path: of the file.
+        size: what of it counts, in bytes, if an earlier run was interrupted; what follows is dropped.
+
+    Raises:
+        OSError: the file can't be written, or there is less of it than `size`.
+    """
+
+    def __init__(self, path: str | os.PathLike, size: int = 0):
+        self.file = open(path, "r+b" if size else "wb")
+        if self.file.seek(0, os.SEEK_END) < size:
+            raise OSError(f"'{path}' has lost its end: evaluate anew.")
+        self.file.truncate(size)
+        self.file.seek(size)
+
+    def write(self, index: int, entries: list[dict]) -> None:
+        self.file.write(json.dumps([index, entries], ensure_ascii=False).encode("utf-8") + b"\n")
+
+    def flush(self) -> int:
+        """Sees to it that everything is on the disk; returns the file's size in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def merge_predictions(parts: Sequence[Path], output: Path) -> None:
+    """Makes one JSON list of all processes' files, in the order of the images; it appears at once when complete."""
+    partial = output.with_name(f".{output.name}.part")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            separator = "["
+            for _, entries in heapq.merge(*map(_read, parts), key=lambda line: line[0]):
+                for entry in entries:
+                    file.write(f"{separator}\n{json.dumps(entry, ensure_ascii=False)}")
+                    separator = ","
+            file.write("\n]\n" if separator == "," else "[]\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(part: Path) -> Iterator[list]:
+    with open(part, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
