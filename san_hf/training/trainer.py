@@ -1,24 +1,27 @@
 """What transformers' `Trainer` needs to train a SAN, as `scripts/train_with_trainer.py` does: examples and metrics."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
-from san_hf.data import SegmentationDataset
+from san_hf.data import DataError, SegmentationDataset
 from san_hf.evaluation.metrics import SegmentationMetrics
 from san_hf.modeling import SANForSemanticSegmentationOutput, SANProcessor
 from san_hf.training.augmentation import TrainingTransform
+from san_hf.training.stream import AugmentedSamples, SampleStream
 
 
 # What `Trainer` fills labels up with where their heights differ between processes.
 TRAINER_PADDING = -100
 
 
-class TrainingExamples(Dataset):
+class TrainingExamples(AugmentedSamples):
     """
-    All augmented examples of a training, in the order in which they are drawn: one pass over the data after another,
-    each shuffled anew. So for `Trainer` the whole training is one epoch.
+    All augmented examples of a training, in the order in which they are drawn: those that `san-hf train` sees with the
+    same seed. For `Trainer`, the whole training is thus one epoch.
 
     The n-th example depends on the data, the transform, the seed and n only: neither on workers and processes nor on
     where a training was resumed.
@@ -31,24 +34,24 @@ class TrainingExamples(Dataset):
     """
 
     def __init__(self, data: SegmentationDataset, transform: TrainingTransform, length: int, seed: int = 0):
-        self.data = data
-        self.transform = transform
+        super().__init__(data, transform, seed)
         self.length = length
-        self.seed = seed
-        self._order = (-1, np.empty(0, np.int64))  # of the pass that was last drawn from
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        """`image`, (H, W, 3) uint8, and `label_map`, (H, W) int32, of the transform's size."""
-        epoch, place = divmod(position, len(self.data))
-        if self._order[0] != epoch:
-            # Another stream of numbers than that of any position.
-            self._order = epoch, np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.data))
-        image, label_map, _ = self.data[int(self._order[1][place])]
-        image, label_map = self.transform(image, label_map, np.random.default_rng([self.seed, position]))
-        return {"image": image, "label_map": label_map}
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        """
+        `image`, (H, W, 3) uint8, and `label_map`, (H, W) int32, of the transform's size; and `name`.
+
+        Raises:
+            DataError: the example can't be used.
+        """
+        [sample] = next(iter(SampleStream(self.data, self.seed, batch_size=1, first=position)))
+        example = super().__getitem__(sample)
+        if isinstance(example, DataError):
+            raise example
+        return example
 
 
 class EvaluationExamples(Dataset):

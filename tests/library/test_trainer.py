@@ -20,6 +20,7 @@ from san_hf.data import load_segmentation_dataset
 from san_hf.hub import save_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.training import SegmentationCollator, TrainingTransform
+from san_hf.training.stream import SampleStream, build_loader
 from san_hf.training.trainer import EvaluationExamples, TrainerMetrics, TrainingExamples
 from tests.tiny import tiny_config, tiny_tokenizer
 
@@ -95,6 +96,19 @@ def test_examples_depend_on_seed_and_position_only(folder):
 
     reseeded = TrainingExamples(data, transform, length=12, seed=5)
     assert any((expected[position]["image"] != reseeded[position]["image"]).any() for position in range(12))
+
+
+def test_examples_are_those_of_the_own_training(folder):
+    """`Trainer` and `san-hf train` see the same images, augmented in the same way, with the same seed."""
+    data = data_of(folder, "train")
+    _, processor = from_pretrained(folder / "model")
+    transform, collator = TrainingTransform(crop_size=32), SegmentationCollator(processor)
+    examples = TrainingExamples(data, transform, length=12, seed=4)
+    loader = iter(build_loader(SampleStream(data, 4, batch_size=3), transform, collator, workers=0))
+    for start in range(0, 12, 3):
+        expected, batch = next(loader), collator([examples[position] for position in range(start, start + 3)])
+        torch.testing.assert_close(batch["pixel_values"], expected["pixel_values"], rtol=0, atol=0)
+        torch.testing.assert_close(batch["labels"], expected["labels"], rtol=0, atol=0)
 
 
 def test_evaluation_examples_are_what_the_processor_makes(folder):
@@ -177,20 +191,28 @@ def measure(folder: Path, data) -> dict[str, float]:
     return {"eval_mIoU": 100 * iou.mean(), "eval_pACC": 100 * correct.sum() / confusion.sum()}
 
 
-def test_trains_and_evaluates(folder, tmp_path):
+@pytest.fixture(scope="module")
+def trained(folder) -> tuple[Path, dict[str, float]]:
+    """The folder of a model that the script has trained, and what it has reported of it."""
+    torch.manual_seed(0)
+    results = run_main(
+        *("--model", str(folder / "model"), "--data", str(folder / "data"), "--output", str(folder / "trained")),
+        *("--batch-size", "4", "--steps", "30", "--eval-steps", "10", *OPTIONS),
+    )
+    return folder / "trained", results
+
+
+def test_trains_and_evaluates(folder, trained):
     """
     A few steps through the script: what Trainer reports is what the saved model gives by hand, the rate follows the
     recipe's course, the loss falls, and CLIP stays as it was.
     """
-    results = run_main(
-        *("--model", str(folder / "model"), "--data", str(folder / "data"), "--output", str(tmp_path / "out")),
-        *("--batch-size", "4", "--steps", "30", "--eval-steps", "10", *OPTIONS),
-    )
-    by_hand = measure(tmp_path / "out", data_of(folder, "validation"))
+    output, results = trained
+    by_hand = measure(output, data_of(folder, "validation"))
     assert by_hand["eval_mIoU"] > 30  # more than one class is found
     assert {name: results[name] for name in by_hand} == pytest.approx(by_hand, abs=1e-9)
 
-    history = json.loads((tmp_path / "out" / "checkpoint-30" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((output / "checkpoint-30" / "trainer_state.json").read_text())["log_history"]
     evaluations = [entry for entry in history if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [10, 20, 30]
     assert evaluations[2]["eval_loss"] < evaluations[0]["eval_loss"] - 1
@@ -198,7 +220,7 @@ def test_trains_and_evaluates(folder, tmp_path):
     # Of the step that was just made, the 20th: the first is made at the full rate.
     assert training["learning_rate"] == pytest.approx(0.003 * (1 - 19 / 30) ** 0.9, rel=1e-6)
 
-    before, after = (from_pretrained(place)[0] for place in (folder / "model", tmp_path / "out"))
+    before, after = (from_pretrained(place)[0] for place in (folder / "model", output))
     assert after.config.id2label == {0: "red", 1: "green", 2: "blue"}
     trained = dict(after.named_parameters())
     changed = {name for name, parameter in before.named_parameters() if not torch.equal(parameter, trained[name])}
@@ -220,14 +242,15 @@ def test_resumes(folder, tmp_path):
         torch.testing.assert_close(part[name], values, rtol=0, atol=0, msg=f"{name} differs")
 
 
-def test_two_processes(folder, tmp_path):
+def test_two_processes(folder, trained, tmp_path):
     """
     Images of different sizes on two processes, one of which gets an image twice: the figure is that of the saved model
     on every image once.
     """
+    model = trained[0]  # which finds more than one class
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(SCRIPT)]
-    command += ["--model", str(folder / "model"), "--data", str(folder / "data"), "--output", str(tmp_path / "out")]
-    command += ["--batch-size", "2", "--steps", "20", "--eval-steps", "20", *OPTIONS]
+    command += ["--model", str(model), "--data", str(folder / "data"), "--output", str(tmp_path / "out")]
+    command += ["--batch-size", "1", "--steps", "1", "--eval-steps", "1", *OPTIONS, "--learning-rate", "1e-5"]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1]), "MASTER_PORT": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
