@@ -24,8 +24,9 @@ from transformers.utils import logging
 import san_hf
 from san_hf.conversion import convert_checkpoint, export_checkpoint
 from san_hf.data.command import prepare
+from san_hf.evaluation.command import evaluate
 from san_hf.hub import resolve
-from san_hf.segmentation import EMBEDDED_MODEL, FORMATS, Segmentation, Segmenter, output_files
+from san_hf.segmentation import EMBEDDED_MODEL, FORMATS, Segmentation, Segmenter, output_files, pick_device
 from san_hf.training.command import train
 
 
@@ -326,25 +327,6 @@ def load_segmenter(model: str, class_names: list[str] | None, *, device: str, **
         fail(explain(error))
 
 
-def pick_device(name: str) -> torch.device:
-    """
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    # Which error it is depends on how torch was built.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = ["cpu"]
-        if accelerator := torch.accelerator.current_accelerator(check_available=True):
-            there += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
-        raise ValueError(f"There is no device {name!r} here; there is {', '.join(there)}.") from error
-    return device
-
-
 def print_legend(segmentation: Segmentation, short: bool) -> None:
     """Classes by their share of pixels: a table, or one line."""
     legend = sorted(segmentation.legend(), key=lambda entry: -entry["pixels"])
@@ -426,6 +408,7 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
 
 app.command(no_args_is_help=True)(plainly(prepare))
 app.command(no_args_is_help=True)(train)
+app.command(no_args_is_help=True)(plainly(evaluate))
 
 
 if __name__ == "__main__":

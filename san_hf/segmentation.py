@@ -276,3 +276,24 @@ def load_model(name_or_path: str | os.PathLike, dtype: torch.dtype) -> tuple[SAN
         looked_for = f"There is no folder here of that name, and it is none of {', '.join(names)}. On the Hub: "
         prefix = "" if os.path.isdir(name) or name in names else looked_for
         raise ModelError(f"The model '{name}' can't be loaded. {prefix}{str(error).strip()}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """
+    A torch device by name; "auto" is the accelerator, if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    # Which error it is depends on how torch was built.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu"]
+        if accelerator := torch.accelerator.current_accelerator(check_available=True):
+            there += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
+        raise ValueError(f"There is no device {name!r} here; there is {', '.join(there)}.") from error
+    return device
