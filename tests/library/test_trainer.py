@@ -284,3 +284,15 @@ def test_names_a_broken_image(folder, tmp_path, workers):
     given = ["--model", str(folder / "model"), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=r"^Error: data: 3\.png \(train\[3\]\): the image can't be read"):
         run_main(*given, "--batch-size", "2", "--steps", "3", *OPTIONS, "--num-workers", str(workers))
+
+
+@pytest.mark.slow
+def test_benchmark():
+    """The training benchmark's own command, recipe and log keys: they belong to other files, and may move away."""
+    command = [sys.executable, str(SCRIPT.with_name("benchmark_training.py")), "--tiny"]
+    command += ["--steps", "3", "--warmup", "1", "--batch-size", "2", "--workers", "1"]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert 0 <= result["waiting_for_data"] < 1 and result["images_per_second"] > 0 and result["memory_gib"] > 0.1
