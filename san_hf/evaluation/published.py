@@ -1,0 +1,79 @@
+"""SAN's published figures, from the facts of its checkpoints (`model_cards/`), and what can be compared with them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from san_hf.cards import load_facts
+from san_hf.data.benchmarks import BENCHMARKS
+
+
+PUBLISHED_MODELS = ("san-vit-b-16", "san-vit-large-14")
+# The benchmarks' names in the facts.
+TITLES = {
+    "ade20k-847": "ADE20K-847",
+    "pascal-context-459": "Pascal Context-459",
+    "ade20k-150": "ADE20K-150",
+    "pascal-context-59": "Pascal Context-59",
+    "voc": "Pascal VOC-20",
+    "coco-stuff": "COCO-Stuff val2017",
+}
+# Our name of a figure -> its name in the facts, and where it was published. The released logs average over the classes
+# that occur in the ground truth, the paper's table over those that occur in it or in the predictions.
+SOURCES = {
+    "mIoU": ("mIoU", "log"),
+    "mIoU_over_present_or_predicted": ("mIoU (paper)", "paper"),
+    "fwIoU": ("fwIoU", "log"),
+    "mACC": ("mACC", "log"),
+    "pACC": ("pACC", "log"),
+}
+
+
+def published_figures(model: str, dataset: str) -> dict[str, float]:
+    """
+    What was published of a model on a benchmark, in percent, by the names of `Results.metrics`; each is of the same
+    definition as ours. Empty where nothing was.
+
+    Args:
+        model: one of `PUBLISHED_MODELS`.
+        dataset: of `TITLES`, or any other.
+
+    Raises:
+        ValueError: no such model.
+    """
+    if model not in PUBLISHED_MODELS:
+        raise ValueError(f"Nothing is published of {model!r}, only of {', '.join(PUBLISHED_MODELS)}.")
+    if dataset not in TITLES:
+        return {}
+    rows = {row["dataset"]: row for row in load_facts(model)["results"]}
+    row = rows[TITLES[dataset]]
+    return {metric: row[name] for metric, (name, _) in SOURCES.items() if name in row}
+
+
+def obstacles(dataset: str, split: str, num_images: int, settings: Mapping[str, Any]) -> list[str]:
+    """
+    Why a result can't be compared with published figures, which are of all images of the validation split, at a single
+    scale, with the names of the benchmark's own classes as given. Empty if it can.
+
+    Args:
+        dataset: its name.
+        split: the part of it.
+        num_images: how many were counted.
+        settings: how `evaluate` was called; what isn't in it was at its default.
+    """
+    if dataset not in TITLES:
+        return [f"nothing is published for {dataset}, only for {', '.join(TITLES)}"]
+    reasons = []
+    expected = BENCHMARKS[dataset].splits["validation"]
+    if split not in ("validation", "val"):
+        reasons.append(f"it is of the split {split}, published are figures of validation")
+    elif num_images != expected:
+        reasons.append(f"it is of {num_images:,} images, the validation split has {expected:,}")
+    if settings.get("augment"):
+        reasons.append("it was made with test-time augmentation, published are figures of a single scale")
+    if settings.get("expand"):
+        reasons.append(f"the vocabulary was expanded by {settings['expand']}")
+    if settings.get("synonyms"):
+        reasons.append("synonyms were split, published are figures with names as given")
+    if settings.get("templates") not in (None, "vild"):
+        reasons.append(f"its prompt templates were {settings['templates']}, published are figures with vild")
+    return reasons
