@@ -50,6 +50,7 @@ def train(
     """
     # Not before they are needed: these take seconds.
     import datasets
+    import torch.distributed as dist
     from transformers.utils import logging
 
     from san_hf.data import DataError
@@ -67,6 +68,8 @@ def train(
             typer.echo(describe(settings))
             return
         run(settings, resume=resume)
+        if dist.is_initialized() and dist.get_backend() == "nccl":  # which asks for it
+            dist.destroy_process_group()
     except PeerError:
         raise typer.Exit(2) from None
     except (ConfigError, DataError, TrainingError, CheckpointError) as error:

@@ -1,9 +1,11 @@
 """The training loop: `train` reads from top to bottom as the method does."""
 
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast, broadcast_object_list, gather_object, set_seed
 
 from san_hf.data import DataError, SegmentationDataset, load_segmentation_dataset
+from san_hf.evaluation.evaluator import draw_examples, evaluate
 from san_hf.hub import push_to_hub, save_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 
@@ -410,11 +413,10 @@ def _evaluate(
     started = time.perf_counter()
     step, best = progress["step"], progress["best"]
     whole = _whole_model(accelerator, model)
-    whole.eval()
-    from san_hf.evaluation.evaluator import evaluate
-
-    results = evaluate(whole, processor, validation, accelerator=accelerator, limit=config.evaluation.limit)
-    model.train()
+    bar = "Evaluating" if accelerator.is_main_process and sys.stderr.isatty() else None
+    results = evaluate(
+        whole, processor, validation, accelerator=accelerator, limit=config.evaluation.limit, progress=bar
+    )
     miou = results.metrics["mIoU"]
     is_best = best is None or miou > best["mIoU"]
     progress["evaluated"] = step
@@ -423,7 +425,30 @@ def _evaluate(
         facts = _card_facts(config, validation, results.metrics, step)
         _save_model(accelerator, output / "best", whole, processor, facts)
     log.evaluation(step, results.metrics, time.perf_counter() - started, is_best)
-    accelerator.wait_for_everyone()
+    if config.evaluation.pictures and not config.data.streaming:
+        draw = partial(_draw, accelerator, config, output, whole, processor, validation, step, log)
+        _on_main_process(accelerator, draw)
+
+
+def _draw(
+    accelerator: Accelerator,
+    config: TrainingConfig,
+    output: Path,
+    model: SANForSemanticSegmentation,
+    processor: SANProcessor,
+    validation: SegmentationDataset,
+    step: int,
+    log: RunLog,
+) -> None:
+    """A picture of the same few validation images, evenly spread, after each evaluation."""
+    count = min(config.evaluation.pictures, len(validation))
+    indices = [number * len(validation) // count for number in range(count)]
+    models = {f"step {step}": (model, processor)}
+    picture = draw_examples(models, validation, indices, autocast=accelerator.autocast)
+    folder = output / "pictures"
+    folder.mkdir(exist_ok=True)
+    picture.save(folder / f"step-{step:08d}.png")
+    log.picture(step, picture)
 
 
 def _save_model(
@@ -460,7 +485,7 @@ def _finish(
     log: RunLog,
 ) -> Path:
     """Writes the final model, and pushes it."""
-    whole = _whole_model(accelerator, model).eval()
+    whole = _whole_model(accelerator, model)
     if trains_text(whole):
         set_vocabulary(whole, processor, data.class_names)
     facts = _card_facts(config, data, None, progress["step"])

@@ -73,8 +73,10 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
             self.file.close()
-        if self.logging.trackers:
-            self.accelerator.end_training()
+        # Not accelerator.end_training(): it also destroys the process group, which the model still holds. Freed with
+        # the model, gloo's threads and the interpreter lock may then wait for each other for good (torch 2.13).
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def step(self, record: dict[str, Any]) -> None:
         """One step: `step`, the losses, `learning_rate` and so on, all numbers."""
