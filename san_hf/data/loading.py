@@ -362,9 +362,9 @@ def _load(
     if metadata is not None and stem not in metadata["splits"]:
         raise DataError(f"'{source}' has no split {split!r}, expected one of {', '.join(metadata['splits'])}.")
     arguments: dict[str, Any] = {"path": source, "name": config_name, "revision": revision}
-    if metadata is not None and os.path.isdir(source):
-        pattern = str(Path(source).resolve() / "data" / f"{stem}-*.parquet")
-        arguments = {"path": "parquet", "data_files": {stem: pattern}}
+    if metadata is not None:
+        # Only this split is downloaded or copied.
+        arguments["data_files"] = {stem: f"data/{stem}-*.parquet"}
     try:
         dataset = datasets.load_dataset(**arguments, split=split, streaming=streaming)
     # Every builder, file system and network has errors of its own.

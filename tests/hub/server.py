@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,7 +101,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
         content = files[name]
         etag = f'"{hashlib.sha1(content).hexdigest()}"'
-        self.reply(content, ETag=etag, X_Repo_Commit=sha, Content_Type="application/octet-stream")
+        headers = {"ETag": etag, "X_Repo_Commit": sha, "Content_Type": "application/octet-stream"}
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+            headers["Content_Range"] = f"bytes {start}-{end}/{len(content)}"
+            return self.reply(content[start : end + 1], 206, **headers)
+        self.reply(content, **headers)
 
     def api(self, path, body):
         parts = path.split("/")
@@ -139,9 +145,13 @@ class _Handler(BaseHTTPRequestHandler):
                 url = f"http://{self.headers['Host']}/{repository}/commit/{sha}"
                 return self.reply({"success": True, "commitOid": sha, "commitUrl": url})
             if action == ["tree"]:
-                if folder:  # there are no folders
+                inside = {p: c for p, c in files.items() if p.startswith("/".join([*folder, ""]))}
+                if folder and not inside:
                     return self.missing("EntryNotFound")
-                entries = [{"type": "file", "path": p, "oid": "0" * 40, "size": len(c)} for p, c in files.items()]
+                entries = [{"type": "file", "path": p, "oid": "0" * 40, "size": len(c)} for p, c in inside.items()]
+                if not folder:
+                    tops = {path.partition("/")[0] for path in files if "/" in path}
+                    entries += [{"type": "directory", "path": top, "oid": "0" * 40} for top in sorted(tops)]
                 return self.reply(entries)
             siblings = [{"rfilename": name} for name in files]
             sha = revision if revision != "main" else self.hub.sha(repository)

@@ -465,7 +465,7 @@ def test_a_changed_source_is_prepared_anew(monkeypatch, ade, output):
     assert (load_segmentation_dataset(output, "train")[0][1] == 6).all()
 
 
-def _prepare_until_killed(source: str, output: str, moment: int, workers: int) -> None:
+def _prepare_until_killed(source: str, output: str, moment: int, arguments: dict) -> None:
     """Prepares ADE20K-150, and ends by SIGKILL at a moment: 1, 2, ... of writing to the disk."""
     BENCHMARKS["ade20k-150"] = replace(BENCHMARKS["ade20k-150"], splits={"train": 2, "validation": 2})
     prepare.IMAGES_PER_SHARD = 1
@@ -478,8 +478,8 @@ def _prepare_until_killed(source: str, output: str, moment: int, workers: int) -
             Path(source, "children").write_text(json.dumps(children))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    if workers > 1:
-        prepare_benchmark("ade20k-150", source, output, workers=workers, progress=kill)
+    if arguments["workers"] > 1:
+        prepare_benchmark("ade20k-150", source, output, progress=kill, **arguments)
         return
     replace_file, encode = os.replace, prepare._encode_labels
 
@@ -493,7 +493,7 @@ def _prepare_until_killed(source: str, output: str, moment: int, workers: int) -
         return encode(*arguments)
 
     os.replace, prepare._encode_labels = replace_or_die, encode_or_die
-    prepare_benchmark("ade20k-150", source, output, workers=1)
+    prepare_benchmark("ade20k-150", source, output, **arguments)
 
 
 def is_running(process: int) -> bool:
@@ -516,12 +516,14 @@ def processes():
 def test_killed_at_any_moment(processes, ade, output, tmp_path):
     """Catches a half-written file under a final name, finished shards that are made again, and a set that differs from
     one whose making was never interrupted."""
-    prepare_benchmark("ade20k-150", ade, tmp_path / "whole", workers=1)
+    arguments = {"splits": ["validation"], "workers": 1}
+    prepare_benchmark("ade20k-150", ade, tmp_path / "whole", **arguments)
     whole = contents(tmp_path / "whole")
-    assert set(whole) == COMPLETE
+    shards = SHARDS[2:]
+    assert set(whole) == {*(f"data/{name}" for name in shards), "README.md", "segmentation.json"}
     for moment in range(1, 100):
         shutil.rmtree(output, ignore_errors=True)
-        process = processes.Process(target=_prepare_until_killed, args=(str(ade), str(output), moment, 1))
+        process = processes.Process(target=_prepare_until_killed, args=(str(ade), str(output), moment, arguments))
         process.start()
         process.join()
         if process.exitcode == 0:
@@ -529,7 +531,7 @@ def test_killed_at_any_moment(processes, ade, output, tmp_path):
         assert process.exitcode == -signal.SIGKILL
         there = contents(output)
         if "segmentation.json" in there:
-            assert {name: there[name] for name in COMPLETE} == whole
+            assert {name: there[name] for name in whole} == whole
         finished = {}
         for folder in (output / "data", output / ".unfinished" / "data"):
             for file in folder.glob("*.parquet") if folder.is_dir() else ():
@@ -537,12 +539,12 @@ def test_killed_at_any_moment(processes, ade, output, tmp_path):
                 finished[file.name] = file.stat().st_ino
         # Not to be taken for the set before it is complete.
         if (output / "data").is_dir():
-            assert set(finished) == set(SHARDS)
-        prepare_benchmark("ade20k-150", ade, output, workers=1)
+            assert set(finished) == set(shards)
+        prepare_benchmark("ade20k-150", ade, output, **arguments)
         assert contents(output) == whole, moment
         assert {name: (output / "data" / name).stat().st_ino for name in finished} == finished
-    # 4 shards of a label map each, each renamed once; two descriptions; three renames to publish.
-    assert moment == 1 + 4 * 3 + 2 * 2 + 3 * 2
+    # 2 shards of a label map each, each renamed once; two descriptions; three renames to publish.
+    assert moment == 1 + 2 * 3 + 2 * 2 + 3 * 2
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc")
@@ -556,7 +558,7 @@ def test_several_processes(processes, ade, output, tmp_path):
     assert seen == sorted(seen) and seen[0] == (0, 4) and seen[-1] == (4, 4)
 
     output = tmp_path / "killed"
-    process = processes.Process(target=_prepare_until_killed, args=(str(ade), str(output), 2, 2))
+    process = processes.Process(target=_prepare_until_killed, args=(str(ade), str(output), 2, {"workers": 2}))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -597,10 +599,12 @@ def test_the_command(ade, output):
 
 
 @pytest.fixture
-def hub(connect):  # noqa: F811
+def hub(connect, monkeypatch):  # noqa: F811
     hub = Hub()
     hub.address = hub.start()
     connect(hub.address)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.address)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     yield hub
     hub.stop()
 
@@ -623,3 +627,20 @@ def test_push(hub, connect, monkeypatch, ade, output):  # noqa: F811
         assert f"Error: '{output}' is complete, but could not be uploaded to '{repository}': " in result.output
     with pytest.raises(DataError, match="no prepared data set: there is no segmentation.json"):
         push_dataset(ade, "someone/ade")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_from_the_hub(hub, ade, output, streaming):
+    """Catches a pushed set that is loaded without its classes, or whose other splits are downloaded, too."""
+    prepare_benchmark("ade20k-150", ade, output, workers=1)
+    repository = f"someone/ade-{streaming}"
+    hub.commit(repository, contents(output))
+    data = load_segmentation_dataset(repository, "validation", streaming=streaming)
+    assert (data.name, data.class_names[0], data.ignore_index) == ("ade20k-150", "wall", 255)
+    examples = list(data)
+    assert [name for _, _, name in examples] == ["ADE_val_00000001.jpg", "ADE_val_00000002.jpg"]
+    assert all(np.array_equal(label_map, bands([255, 0, 149, 39])) for _, label_map, _ in examples)
+    assert any("validation" in request for request in hub.downloads())
+    assert not any("train" in request for request in hub.downloads())
+    with pytest.raises(DataError, match="has no split 'test', expected one of train, validation"):
+        load_segmentation_dataset(repository, "test")
