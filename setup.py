@@ -48,6 +48,7 @@ setup(
         "numpy>=1.26",
         "pillow>=11.0",
         "pycocotools>=2.0.8",
+        "pydantic>=2.6",
         "pyyaml>=6.0",
         "rich>=13.7",
         "safetensors>=0.8",
@@ -55,6 +56,7 @@ setup(
         "typer>=0.15",
     ],
     extras_require={
+        "tracking": ["tensorboard>=2.18", "wandb>=0.22"],
         "test": [
             "parameterized",
             "peft>=0.17",
@@ -62,6 +64,8 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "setuptools>=77",
+            "tensorboard>=2.18",
+            "wandb>=0.22",
         ],
         "lint": ["ruff>=0.9"],
     },
