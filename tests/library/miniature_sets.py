@@ -1,7 +1,10 @@
 """The benchmarks in miniature, in the layouts of their owners, and what must become of their labels."""
 
 import json
+import multiprocessing
+import os
 import pickle
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from scipy.io import savemat
 
-from san_hf.data import BENCHMARKS
+from san_hf.data import BENCHMARKS, prepare, prepare_benchmark
 
 
 SIZE = (30, 20)  # width, height
@@ -216,3 +219,34 @@ def count_as_complete(monkeypatch, name: str, expected: dict[str, Expected]) -> 
     """Has `san_hf` expect as many images as the miniature has."""
     splits = {split: len(images) for split, images in expected.items()}
     monkeypatch.setitem(BENCHMARKS, name, replace(BENCHMARKS[name], splits=splits))
+
+
+def prepare_until_killed(source: str, output: str, moment: int, arguments: dict) -> None:
+    """Prepares ADE20K-150, and ends by SIGKILL at a moment: 1, 2, ... of writing to the disk."""
+    BENCHMARKS["ade20k-150"] = replace(BENCHMARKS["ade20k-150"], splits={"train": 2, "validation": 2})
+    prepare.IMAGES_PER_SHARD = 1
+
+    def kill(*_):
+        nonlocal moment
+        moment -= 1
+        if moment == 0:
+            children = [child.pid for child in multiprocessing.active_children()]
+            Path(source, "children").write_text(json.dumps(children))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if arguments["workers"] > 1:
+        prepare_benchmark("ade20k-150", source, output, progress=kill, **arguments)
+        return
+    replace_file, encode = os.replace, prepare._encode_labels
+
+    def replace_or_die(old, new):
+        kill()
+        replace_file(old, new)
+        kill()
+
+    def encode_or_die(*arguments):
+        kill()
+        return encode(*arguments)
+
+    os.replace, prepare._encode_labels = replace_or_die, encode_or_die
+    prepare_benchmark("ade20k-150", source, output, **arguments)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -46,6 +45,7 @@ from tests.library.miniature_sets import (
     build_context_detail,
     build_voc,
     count_as_complete,
+    prepare_until_killed,
     write_png,
 )
 
@@ -465,37 +465,6 @@ def test_a_changed_source_is_prepared_anew(monkeypatch, ade, output):
     assert (load_segmentation_dataset(output, "train")[0][1] == 6).all()
 
 
-def _prepare_until_killed(source: str, output: str, moment: int, arguments: dict) -> None:
-    """Prepares ADE20K-150, and ends by SIGKILL at a moment: 1, 2, ... of writing to the disk."""
-    BENCHMARKS["ade20k-150"] = replace(BENCHMARKS["ade20k-150"], splits={"train": 2, "validation": 2})
-    prepare.IMAGES_PER_SHARD = 1
-
-    def kill(*_):
-        nonlocal moment
-        moment -= 1
-        if moment == 0:
-            children = [child.pid for child in multiprocessing.active_children()]
-            Path(source, "children").write_text(json.dumps(children))
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if arguments["workers"] > 1:
-        prepare_benchmark("ade20k-150", source, output, progress=kill, **arguments)
-        return
-    replace_file, encode = os.replace, prepare._encode_labels
-
-    def replace_or_die(old, new):
-        kill()
-        replace_file(old, new)
-        kill()
-
-    def encode_or_die(*arguments):
-        kill()
-        return encode(*arguments)
-
-    os.replace, prepare._encode_labels = replace_or_die, encode_or_die
-    prepare_benchmark("ade20k-150", source, output, **arguments)
-
-
 def is_running(process: int) -> bool:
     """Whether there is such a process that isn't only waiting to be buried."""
     try:
@@ -508,7 +477,7 @@ def is_running(process: int) -> bool:
 def processes():
     """Starts processes quickly: they all come from one that has imported what they need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["san_hf.data.prepare"])
+    context.set_forkserver_preload(["__main__", "tests.library.miniature_sets"])
     return context
 
 
@@ -523,7 +492,7 @@ def test_killed_at_any_moment(processes, ade, output, tmp_path):
     assert set(whole) == {*(f"data/{name}" for name in shards), "README.md", "segmentation.json"}
     for moment in range(1, 100):
         shutil.rmtree(output, ignore_errors=True)
-        process = processes.Process(target=_prepare_until_killed, args=(str(ade), str(output), moment, arguments))
+        process = processes.Process(target=prepare_until_killed, args=(str(ade), str(output), moment, arguments))
         process.start()
         process.join()
         if process.exitcode == 0:
@@ -558,7 +527,7 @@ def test_several_processes(processes, ade, output, tmp_path):
     assert seen == sorted(seen) and seen[0] == (0, 4) and seen[-1] == (4, 4)
 
     output = tmp_path / "killed"
-    process = processes.Process(target=_prepare_until_killed, args=(str(ade), str(output), 2, {"workers": 2}))
+    process = processes.Process(target=prepare_until_killed, args=(str(ade), str(output), 2, {"workers": 2}))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
