@@ -25,6 +25,7 @@ import san_hf
 from san_hf.conversion import convert_checkpoint, export_checkpoint
 from san_hf.data.command import prepare
 from san_hf.evaluation.command import evaluate
+from san_hf.evaluation.report import results
 from san_hf.hub import resolve
 from san_hf.segmentation import EMBEDDED_MODEL, FORMATS, Segmentation, Segmenter, output_files, pick_device
 from san_hf.training.command import train
@@ -409,6 +410,7 @@ def plainly(command: Callable[..., None]) -> Callable[..., None]:
 app.command(no_args_is_help=True)(plainly(prepare))
 app.command(no_args_is_help=True)(train)
 app.command(no_args_is_help=True)(plainly(evaluate))
+app.command(no_args_is_help=True)(plainly(results))
 
 
 if __name__ == "__main__":
