@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -20,6 +21,7 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 from scipy.io import savemat
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from san_hf.cli import app
@@ -613,3 +615,23 @@ def test_from_the_hub(hub, ade, output, streaming):
     assert not any("train" in request for request in hub.downloads())
     with pytest.raises(DataError, match="has no split 'test', expected one of train, validation"):
         load_segmentation_dataset(repository, "test")
+
+
+def test_the_page():
+    """Catches a page about data that tells of other sets, counts and commands than there are."""
+    page = (Path(prepare.__file__).parent / "README.md").read_text(encoding="utf-8")
+    lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    table = {row[0].strip("`"): row[1:4] for row in rows}
+    assert table == {
+        name: [
+            " / ".join(f"{count:,}" for count in benchmark.splits.values()),
+            str(len(benchmark.class_names)),
+            str(benchmark.ignore_index),
+        ]
+        for name, benchmark in BENCHMARKS.items()
+    }
+    commands = set(re.findall(r"`san-hf prepare (\S+) --source \S+ --output \S+", page))
+    assert commands == set(BENCHMARKS) - {"pascal-context-459"}  # "likewise"
+    options = {option for parameter in get_command(app).commands["prepare"].params for option in parameter.opts}
+    assert set(re.findall(r"[ \[`(](--[a-z-]+)", page)) <= options
