@@ -1,27 +1,29 @@
 """`san-hf evaluate`."""
 
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
 import numpy as np
+import torch
 import typer
+from accelerate import Accelerator
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from san_hf.data import DataError, SegmentationDataset, load_segmentation_dataset
 from san_hf.data.benchmarks import BENCHMARKS
+from san_hf.evaluation import evaluator
+from san_hf.evaluation.metrics import METRICS
+from san_hf.evaluation.report import RESULTS_FILE, Report, class_rows, console_table, percent, write_results
 from san_hf.modeling.processing_san import PROMPT_TEMPLATES
 from san_hf.segmentation import EMBEDDED_MODEL, EXPANSIONS, load_model, pick_device
 
 
 ALL = "all"
-RESULTS_FILE, PICTURES_FILE, COMPARED_FOLDER = "results.json", "pictures.png", "compared"
-SUMMARY = ("mIoU", "mIoU_over_present_or_predicted", "fwIoU", "mACC", "pACC")
+PICTURES_FILE, COMPARED_FOLDER = "pictures.png", "compared"
 
 Expansion = Enum("Expansion", {name: name for name in EXPANSIONS}, type=str)
 Templates = Enum("Templates", {name: name for name in PROMPT_TEMPLATES}, type=str)
@@ -66,6 +68,7 @@ def evaluate(
         typer.Option("--tta", help="Test-time augmentation: six sizes, each also mirrored. About 15 times the work."),
     ] = False,
     boundary: Annotated[bool, typer.Option("--boundary", help="Boundary IoU, too.")] = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Print the table of the classes, too.")] = False,
     predictions: Annotated[
         bool, typer.Option("--predictions", help="Write predictions.json, in the format of COCO-Stuff.")
     ] = False,
@@ -146,14 +149,6 @@ def evaluate(
 
     Ends with status 0 if all images counted, 1 if some were left out by --skip-broken, 2 if it failed.
     """
-    # Not before they are needed: these take seconds.
-    import datasets
-    import torch
-    from accelerate import Accelerator
-
-    from san_hf.data import load_segmentation_dataset
-    from san_hf.evaluation.evaluator import evaluate as measure
-
     datasets.disable_progress_bars()
     if resume and overwrite:
         raise ValueError("--resume goes on with earlier results, --overwrite drops them: give one of them.")
@@ -161,6 +156,8 @@ def evaluate(
         raise ValueError("--pictures needs to go back to images, which --streaming can't: leave one out.")
     if compare_with is not None and not pictures:
         raise ValueError("--compare-with draws two models side by side: say how many images by --pictures N.")
+    if compare_with == model:
+        raise ValueError(f"--compare-with is the model itself, {model!r}: expected another one.")
     accelerator = None
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device not in ("auto", "cpu"):
@@ -200,12 +197,12 @@ def evaluate(
     }
     settings = options | {"limit": limit, "dtype": dtype.value, "batch_size": batch_size}
 
-    summaries, broken = [], []
+    reports, broken = [], []
     for data, folder in zip(all_data, folders):
         evaluations = {}
         for name, (loaded, processor) in models.items():
             into = folder if name == model else folder / COMPARED_FOLDER
-            evaluation = measure(
+            evaluation = evaluator.evaluate(
                 loaded,
                 processor,
                 data,
@@ -224,18 +221,16 @@ def evaluate(
                 **options,
             )
             evaluations[name] = evaluation
-            summaries.append((data.name, name, evaluation))
             if main:
                 extra = {"left_out": evaluation.broken} if evaluation.broken else {}
-                write_results(
-                    into, evaluation, model=name, dataset=data.name, split=data.split, settings=settings | extra
-                )
+                facts = {"model": name, "dataset": data.name, "split": data.split, "settings": settings | extra}
+                reports.append(write_results(into, evaluation, **facts))
         broken += evaluations[model].broken
         if main and pictures:
             draw_pictures(folder, models, evaluations, data, evaluations[model].worst, pictures, limit, seed, options)
         wait()
     if main:
-        print_summary(summaries, folders)
+        print_reports(reports, folders, per_class)
         for message in broken:
             Console(stderr=True, soft_wrap=True).print(f"Left out: {message}", markup=False, highlight=False)
     if accelerator is not None:
@@ -243,18 +238,6 @@ def evaluate(
         accelerator.state.destroy_process_group()
     if broken:
         raise typer.Exit(1)
-
-
-def write_results(folder: Path, results, **facts: Any) -> None:
-    def plain(figure):
-        return None if isinstance(figure, float) and np.isnan(figure) else figure
-
-    facts["images"] = results.num_images
-    facts["metrics"] = {key: plain(value) for key, value in results.metrics.items()}
-    facts["per_class"] = [{key: plain(value) for key, value in row.items()} for row in results.per_class]
-    partial = folder / f".{RESULTS_FILE}.part"
-    partial.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    os.replace(partial, folder / RESULTS_FILE)
 
 
 def find_datasets(sources: Sequence[str], root: Path | None) -> list[str]:
@@ -318,8 +301,8 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 def draw_pictures(
     folder: Path,
     models: dict[str, tuple],
-    evaluations: dict[str, Any],
-    data,
+    evaluations: dict[str, evaluator.Evaluation],
+    data: SegmentationDataset,
     worst: Sequence[tuple[int, float]],
     count: int,
     limit: int | None,
@@ -327,9 +310,6 @@ def draw_pictures(
     options: dict[str, Any],
 ) -> None:
     """Writes the picture of the worst images and of `count` random others; it appears at once when complete."""
-    from san_hf.data import DataError
-    from san_hf.evaluation.evaluator import draw_examples
-
     titles = {index: f"worst {number}" for number, (index, _) in enumerate(worst, start=1)}
     for index in np.random.default_rng(seed).permutation(min(len(data), limit or len(data))).tolist():
         if len(titles) == len(worst) + count:
@@ -345,7 +325,7 @@ def draw_pictures(
     short = {name: Path(name).name for name in models}
     if len(set(short.values())) < len(short):
         short = {name: name for name in models}
-    picture = draw_examples(
+    picture = evaluator.draw_examples(
         {f"{short[name]}: mIoU {evaluations[name].metrics['mIoU']:.1f}": models[name] for name in models},
         data,
         list(titles),
@@ -360,16 +340,17 @@ def draw_pictures(
         partial.unlink(missing_ok=True)
 
 
-def print_summary(summaries: Sequence[tuple[str, str, Any]], folders: Sequence[Path]) -> None:
-    several = len({name for _, name, _ in summaries}) > 1
-    table = Table("dataset", *(["model"] if several else []), "images", *SUMMARY, box=None, padding=(0, 3, 0, 0))
-    for column in table.columns[2 if several else 1 :]:
-        column.justify = "right"
-    for dataset, name, evaluation in summaries:
-        figures = [f"{evaluation.metrics[metric]:.2f}" for metric in SUMMARY]
-        names = [dataset, Path(name).name] if several else [dataset]
-        table.add_row(*map(Text, names), str(evaluation.num_images), *figures)
-    console = Console(width=max(shutil.get_terminal_size().columns, 100))
-    console.print(table)
+def print_reports(reports: Sequence[Report], folders: Sequence[Path], per_class: bool) -> None:
+    # Where the output goes to a file there is no width to keep.
+    console = Console() if Console().is_terminal else Console(width=200)
+    if per_class:
+        for report in reports:
+            console.print(f"{report.model} on {report.dataset}", style="bold", markup=False, highlight=False)
+            console.print(console_table(*class_rows(report)))
+    rows = [
+        [report.dataset, report.model, f"{report.images:,}", *(percent(report.metrics[name]) for name in METRICS)]
+        for report in reports
+    ]
+    console.print(console_table(["dataset", "model", "images", *METRICS], rows))
     for folder in folders:
         console.print(f"Wrote {folder}", markup=False, highlight=False, soft_wrap=True)

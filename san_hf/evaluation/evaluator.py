@@ -1,6 +1,7 @@
 """A model's figures on a data set: image by image, over any number of processes, and resumable."""
 
 import heapq
+import io
 import os
 import shutil
 import zlib
@@ -31,6 +32,7 @@ from san_hf.visualization import Comparison, draw_comparisons
 
 
 PREDICTIONS_FILE = "predictions.json"
+OUT_OF_MEMORY = "out of memory: try a batch size of 1, bfloat16, or another device."
 
 
 class EvaluationError(ValueError):
@@ -106,8 +108,8 @@ def evaluate(
 
     Raises:
         DataError: an example that can't be used, unless those are skipped. The state is saved before.
-        EvaluationError: nothing to go on from that fits, no image at all, or a model whose outputs aren't finite.
-        OSError: the folder can't be written.
+        EvaluationError: nothing to go on from that fits, no image at all, a model whose outputs aren't finite, too
+            little memory, or a folder that can't be written.
     """
     if predictions and output is None:
         raise ValueError("Predictions need an output folder: pass output.")
@@ -117,6 +119,7 @@ def evaluate(
     wait = accelerator.wait_for_everyone if accelerator else lambda: None
     streamed = isinstance(data.dataset, IterableDataset)
     total = limit if streamed else min(len(data), limit or len(data))
+    stop = 2**62 if total is None else total
 
     with _evaluation_mode(model):
         predictor = SemanticPredictor(
@@ -146,36 +149,40 @@ def evaluate(
                 "predictions": predictions,
                 "worst images": worst,
             }
-            if rank == 0:
-                if not resume:
-                    shutil.rmtree(folder / "progress", ignore_errors=True)
-                    (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
-                (folder / "progress").mkdir(parents=True, exist_ok=True)
-            wait()
-            store = _Store(folder / "progress" / f"{rank}.pt", settings)
-            store.load(state)
-            if predictions and not (folder / PREDICTIONS_FILE).exists():
-                writer = PredictionWriter(folder / "progress" / f"{rank}.jsonl", state.predictions_size)
+            with _writing(folder):
+                if rank == 0:
+                    if not resume:
+                        shutil.rmtree(folder / "progress", ignore_errors=True)
+                        (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
+                    (folder / "progress").mkdir(parents=True, exist_ok=True)
+                wait()
+                store = _Store(folder / "progress" / f"{rank}.pt", settings)
+                store.load(state)
+                if predictions and not (folder / PREDICTIONS_FILE).exists():
+                    writer = PredictionWriter(folder / "progress" / f"{rank}.jsonl", state.predictions_size)
 
         def save() -> None:
             if store is not None:
-                if writer is not None:
-                    state.predictions_size = writer.flush()
-                store.save(state)
+                with _writing(folder):
+                    if writer is not None:
+                        state.predictions_size = writer.flush()
+                    store.save(state)
 
         ids = category_ids(data.class_names)
 
         def segment(examples: list["_Example"]) -> None:
             try:
                 label_maps = predictor([example.inputs for example in examples])
-            except ValueError as error:
+            except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
                 names = ", ".join(example.name for example in examples)
-                raise EvaluationError(f"{data.name}: {names}: {error}") from error
+                reason = f"{error}" if isinstance(error, ValueError) else OUT_OF_MEMORY
+                raise EvaluationError(f"{data.name}: {names}: {reason}") from error
             for example, prediction in zip(examples, label_maps):
                 state.count(example.index, prediction, example.label_map)
                 if writer is not None:
                     entries = encode_predictions(prediction.cpu().numpy(), ids, example.index, example.name)
-                    writer.write(example.index, entries)
+                    with _writing(folder):
+                        writer.write(example.index, entries)
 
         def prepare(index: int, row: dict[str, Any]) -> "_Example":
             try:
@@ -185,13 +192,11 @@ def evaluate(
             return _Example(index, name, predictor.prepare(image), torch.from_numpy(label_map))
 
         waiting = _Batches(batch_size, segment)
-        rows = _rows(data, range(rank + state.done * world, total or 2**62, world))
+        rows = _rows(data, range(rank + state.done * world, stop, world))
         bar = _progress_bar(progress if rank == 0 else None)
         try:
             with bar, _ahead(prepare, rows, workers) as examples:
-                task = bar.add_task(
-                    progress or "", total=total, completed=min(state.done * world, total or 2**62), speed=""
-                )
+                task = bar.add_task(progress or "", total=total, completed=min(state.done * world, stop), speed="")
                 started, before = bar.get_time(), state.done
                 for example in examples:
                     if example.error is None:
@@ -207,7 +212,7 @@ def evaluate(
                         waiting.finish()
                         save()
                     speed = (state.done - before) * world / max(bar.get_time() - started, 1e-9)
-                    bar.update(task, completed=min(state.done * world, total or 2**62), speed=f"{speed:.2f} images/s")
+                    bar.update(task, completed=min(state.done * world, stop), speed=f"{speed:.2f} images/s")
                 waiting.finish()
             save()
         finally:
@@ -218,7 +223,8 @@ def evaluate(
     if writer is not None:
         if rank == 0:
             parts = [folder / "progress" / f"{other}.jsonl" for other in range(world)]
-            merge_predictions(parts, folder / PREDICTIONS_FILE)
+            with _writing(folder):
+                merge_predictions(parts, folder / PREDICTIONS_FILE)
         wait()
         os.unlink(folder / "progress" / f"{rank}.jsonl")
     metrics = state.metrics
@@ -352,9 +358,11 @@ class _Store:
         self.path, self.settings = path, settings
 
     def save(self, state: _State) -> None:
-        partial = self.path.with_suffix(".part")
+        partial, content = self.path.with_suffix(".part"), io.BytesIO()
+        # torch.save into a file would turn a full disk's error into one of its own.
+        torch.save({"settings": self.settings, "state": state.state_dict()}, content)
         with open(partial, "wb") as file:
-            torch.save({"settings": self.settings, "state": state.state_dict()}, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, self.path)
@@ -425,6 +433,17 @@ def _ahead(function: Callable, items: Iterable[tuple], workers: int) -> Iterator
         finally:
             for future in pending:
                 future.cancel()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EvaluationError(
+            f"Can't write to '{folder}': {error.strerror or error}. What was noted before is kept: resume from it once "
+            "this is mended."
+        ) from error
 
 
 @contextmanager

