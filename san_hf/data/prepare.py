@@ -200,7 +200,7 @@ def _list_sources(benchmark: Benchmark, folder: Path, split: str, allow_incomple
     try:
         sources = LAYOUTS[benchmark.name].find(folder, split, expected)
     except DataError as error:
-        more = "" if len(benchmark.splits) == 1 else " If you have but some of the splits, name them."
+        more = "" if len(benchmark.splits) == 1 else " If you have only some of the splits, ask for those."
         raise DataError(f"{error}{more}") from error
     except OSError as error:
         raise DataError(f"'{folder}' can't be read: {error}") from error

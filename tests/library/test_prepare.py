@@ -252,7 +252,7 @@ def test_one_split(source, output):
     """Catches a split that is asked for although the user hasn't downloaded it."""
     build_coco(source)
     shutil.rmtree(source / "train2017")
-    with pytest.raises(DataError, match="no folder of images of train.* looked for train2017, .*some of the splits"):
+    with pytest.raises(DataError, match="no folder of images of train.* looked for .*only some of the splits"):
         prepare_benchmark("coco-stuff", source, output, allow_incomplete=True)
     prepare_benchmark("coco-stuff", source, output, splits=["validation"], allow_incomplete=True, workers=1)
     assert len(load_segmentation_dataset(output, "validation")) == 2
