@@ -65,7 +65,7 @@ def evaluate(
     ] = None,
     augment: Annotated[
         bool,
-        typer.Option("--tta", help="Test-time augmentation: six sizes, each also mirrored. About 15 times the work."),
+        typer.Option("--tta", help="Test-time augmentation: six sizes, each also mirrored. About 17 times the pixels."),
     ] = False,
     boundary: Annotated[bool, typer.Option("--boundary", help="Boundary IoU, too.")] = False,
     per_class: Annotated[bool, typer.Option("--per-class", help="Print the table of the classes, too.")] = False,
