@@ -32,7 +32,14 @@ setup(
     package_dir={"san_hf.modeling": "modeling", "san_hf.model_cards": "model_cards"},
     packages=sorted({*find_packages(include=["san_hf", "san_hf.*"]), "san_hf.modeling", "san_hf.model_cards"}),
     package_data={
-        "san_hf": ["py.typed", "checkpoints/**/*", "conversion/*.gz", "conversion/*.json", "vocabularies/*.json"],
+        "san_hf": [
+            "py.typed",
+            "*/README.md",
+            "checkpoints/**/*",
+            "conversion/*.gz",
+            "conversion/*.json",
+            "vocabularies/*.json",
+        ],
         "san_hf.model_cards": ["*"],
     },
     python_requires=">=3.10",
