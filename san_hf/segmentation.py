@@ -255,9 +255,11 @@ class Segmenter:
         return Image.fromarray(np.moveaxis(np.asarray(pixels), 0, -1))
 
 
-def load_model(name_or_path: str | os.PathLike, dtype: torch.dtype) -> tuple[SANForSemanticSegmentation, SANProcessor]:
+def load_model(
+    name_or_path: str | os.PathLike, dtype: torch.dtype, **kwargs: Any
+) -> tuple[SANForSemanticSegmentation, SANProcessor]:
     """
-    [`san_hf.hub.from_pretrained`], with one kind of error whatever the reason.
+    [`san_hf.hub.from_pretrained`], which also takes the **kwargs, with one kind of error whatever the reason.
 
     Raises:
         ModelError: there is no such model, or it isn't a complete SAN.
@@ -269,7 +271,7 @@ def load_model(name_or_path: str | os.PathLike, dtype: torch.dtype) -> tuple[SAN
             f"`san-hf convert {name} FOLDER`."
         )
     try:
-        return from_pretrained(name, dtype=dtype)
+        return from_pretrained(name, dtype=dtype, **kwargs)
     # Broken files make torch, safetensors and tokenizers fail in ways of their own.
     except Exception as error:
         names = (EMBEDDED_MODEL, *RELEASES)

@@ -5,7 +5,7 @@ import re
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,7 +21,7 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """Unknown keys and wrong types are errors: a misspelt key must not train with a default for a day."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def free(default: Any, description: str, **limits: Any) -> Any:
@@ -79,7 +79,11 @@ class DataSection(Section):
         description="A folder that `san-hf prepare` wrote, a data set on the Hub, or a folder with images/ and labels/."
     )
     split: str = Field("train", description="What to train on.")
-    validation_source: str | None = Field(None, description="Data to evaluate on. Default: `source`.")
+    validation_source: str | None = Field(
+        None,
+        description="Data to evaluate on. What the other keys say of `source` holds for it, too, but for `config_name` "
+        "and `revision`. Default: `source`.",
+    )
     validation_split: str | None = Field("validation", description="Its split; `null` for no evaluation.")
     config_name: str | None = Field(None, description="Of a data set on the Hub that has several configurations.")
     revision: str | None = Field(None, description="Branch, tag or commit of a data set on the Hub.")
@@ -99,7 +103,7 @@ class DataSection(Section):
 
 class AugmentationSection(Section):
     crop_size: int = Field(640, description="Side of the square that training sees, in pixels.", ge=1)
-    scales: list[float] = Field(
+    scales: list[Annotated[float, Field(gt=0)]] = Field(
         [0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
         description="Shortest edges to draw from, as multiples of `crop_size`.",
         min_length=1,
@@ -165,6 +169,12 @@ class LoggingSection(Section):
 class HubSection(Section):
     repo: str | None = free(None, "Repository to push the final model to: `owner/name`.")
     private: bool | None = free(None, "Whether a new repository is private. Default: the account's.")
+
+    @model_validator(mode="after")
+    def check(self):
+        if self.repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
+            raise ValueError(f"repo is {self.repo!r}, expected owner/name")
+        return self
 
 
 class TrainingConfig(Section):
@@ -347,6 +357,8 @@ def _to_yaml(value: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
         return " | ".join(map(str, get_args(annotation)))
     if get_origin(annotation) is types.UnionType or str(get_origin(annotation)) == "typing.Union":

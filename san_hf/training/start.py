@@ -1,19 +1,16 @@
 """The model that a training starts from, and its processor."""
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
 from san_hf.data import SegmentationDataset
-from san_hf.hub import from_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+from san_hf.segmentation import load_model
 
 from .config import ConfigError, ModelSection
 
 
-def build_model(
-    section: ModelSection, data: SegmentationDataset
-) -> tuple[SANForSemanticSegmentation, SANProcessor]:
+def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANForSemanticSegmentation, SANProcessor]:
     """
     Loads or builds what is to be trained, in float32 on the CPU, with the data's classes as its vocabulary.
 
@@ -28,7 +25,9 @@ def build_model(
     fields = {**section.san_config, "freeze_clip": section.freeze_clip}
     try:
         if section.checkpoint is not None:
-            model, processor = from_pretrained(start, revision=section.revision, dtype=torch.float32, **fields)
+            model, processor = load_model(start, torch.float32, revision=section.revision, **fields)
+            # Transformers changes the fields of a saved configuration only after that was validated.
+            model.config.validate()
         else:
             revision = {"revision": section.revision}
             model = SANForSemanticSegmentation.from_clip(start, dtype=torch.float32, **revision, **fields)
@@ -36,8 +35,12 @@ def build_model(
             processor = SANProcessor(SANImageProcessor(size=_size(model.config.image_size)), tokenizer)
         if section.prompt_templates is not None:
             processor = SANProcessor(processor.image_processor, processor.tokenizer, section.prompt_templates)
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise ConfigError(f"The model '{start}' can't be loaded: {error}") from error
+    # Sizes that don't fit, or files that are broken, make torch and transformers fail in ways of their own.
+    except Exception as error:
+        key = "model.checkpoint" if section.checkpoint is not None else "model.clip"
+        changed = f" with model.san_config={section.san_config}" if section.san_config else ""
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{key}={start}{changed} can't be used: {problem}") from error
 
     if section.image_size is not None:
         processor.image_processor.size = _size(section.image_size)

@@ -25,6 +25,7 @@ from san_hf.training import TrainingTransform, checkpoint, loop
 from san_hf.training.checkpoint import list_checkpoints
 from san_hf.training.config import ConfigError, TrainingConfig, fields, load_config, table
 from san_hf.training.loop import TrainingError, train
+from san_hf.training.start import build_model
 from san_hf.training.stream import AugmentedSamples, SampleStream
 from tests.library.training_runs import (
     CLASSES,
@@ -118,6 +119,9 @@ def test_overrides():
         ("training.steps=[", "is no YAML"),
         ("training=5", "training: should be a valid dictionary or instance of TrainingSection, got 5"),
         ("logging.trackers=[tensorbord]", "logging.trackers.0"),
+        ("augmentation.scales=[0.5, -1]", "augmentation.scales.1: should be greater than 0, got -1"),
+        ("optimizer.learning_rate=.inf", "optimizer.learning_rate: should be a finite number, got inf"),
+        ("hub.repo=me/my/san", "hub: repo is 'me/my/san', expected owner/name"),
     ],
 )
 def test_wrong_overrides(override, message):
@@ -473,17 +477,25 @@ def test_data_that_cannot_be_used(root, tmp_path):
             train(configure(root, tmp_path / split, f"data.split={split}"))
 
 
-def test_model_that_cannot_be_had(root, tmp_path):
-    for number, (override, message) in enumerate(
-        [
-            (f"model.checkpoint={tmp_path / 'none'}", "The model '.*none' can't be loaded"),
-            ("model.san_config={num_queries: 7}", "lack these, or have them in another shape"),
-            ("model.san_config={num_queries: few}", "num_queries"),
-            ("model.prompt_templates=[a photo]", "with one {} for the name"),
-        ]
-    ):
-        with pytest.raises(ConfigError, match=message):
-            train(configure(root, tmp_path / str(number), override))
+MODELS_THAT_CANNOT_BE_HAD = [
+    ("model.checkpoint=/none", "model.checkpoint=/none can't be used: .*There is no folder here of that name"),
+    ("model.san_config={num_queries: 7}", "lack these, or have them in another shape"),
+    ("model.san_config={num_queries: few}", "num_queries"),
+    ("model.san_config={num_queries: -3}", "with model.san_config={'num_queries': -3} can't be used: "),
+    ("model.san_config={num_attention_heads: 7}", r"must be a multiple of num_attention_heads \(7\)"),
+    ("model.san_config={recognition_layer: 50}", r"recognition_layer \(50\) must leave at least one"),
+    ("model.san_config={fusion_layers: [[99, 0]]}", r"fusion_layers has \[99, 0\], outside"),
+    ("model.san_config={bias_pooling: foo}", "bias_pooling must be one of .*'foo'"),
+    ("model.prompt_templates=[a photo]", "with one {} for the name"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MODELS_THAT_CANNOT_BE_HAD)
+def test_model_that_cannot_be_had(root, override, message):
+    """Catches fields that contradict each other, with which a model would train to the end, and stack traces."""
+    data = load_segmentation_dataset(root / "data", "train")
+    with pytest.raises(ConfigError, match=message):
+        build_model(configure(root, root / "run", override).model, data)
 
 
 def test_command(root, tmp_path):
