@@ -1,5 +1,7 @@
 """The training loop: `train` reads from top to bottom as the method does."""
 
+import math
+import os
 import signal
 import sys
 import time
@@ -80,14 +82,20 @@ def train(config: TrainingConfig, resume: bool = False) -> Path | None:
             step_scheduler_with_optimizer=False,
         )
     except ValueError as error:
-        raise ConfigError(f"training.mixed_precision: {reason(error)}.") from error
+        precision = config.training.mixed_precision
+        raise ConfigError(
+            f"Accelerate can't begin, with training.mixed_precision={precision}: {reason(error)}."
+        ) from error
+    _check_launch(accelerator, config)
     progress = _on_main_process(accelerator, lambda: _open_output(config, output, resume))
     set_seed(config.seed)
 
     data, validation = _load_data(config)
     model, processor = build_model(config.model, data)
     if config.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The older name goes once setup.py asks for a transformers that has the newer one.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer.weight_decay, config.optimizer.clip_learning_rate),
         lr=config.optimizer.learning_rate,
@@ -105,6 +113,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path | None:
         )
     plain = model
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    # Again: what DeepSpeed is told of accumulation holds from here on.
+    _check_launch(accelerator, config)
     text = processor(text=data.class_names, return_tensors="pt").to(accelerator.device) if trains_text(plain) else {}
 
     if progress is None:
@@ -170,10 +180,16 @@ def train(config: TrainingConfig, resume: bool = False) -> Path | None:
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C, for the step to be finished first. A second Ctrl-C interrupts at once."""
+    """
+    Notes SIGTERM and Ctrl-C, for the step to be finished first. A second Ctrl-C interrupts at once, unless it comes
+    within `SAME_CTRL_C` seconds: a launcher passes on the one that the terminal has sent to everyone already.
+    """
+
+    SAME_CTRL_C = 2.0
 
     def __init__(self) -> None:
         self.requested = False
+        self.since = math.inf
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -189,9 +205,10 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: Any) -> None:
-        if self.requested and number == signal.SIGINT:
+        now = time.monotonic()
+        if number == signal.SIGINT and now > self.since + self.SAME_CTRL_C:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.since = True, min(self.since, now)
 
 
 class _Stopped(Exception):
@@ -283,6 +300,29 @@ def _check_finite(
     )
 
 
+def _check_launch(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """
+    Raises:
+        ConfigError: what started the processes, and what Accelerate or the configuration makes of it, differ.
+    """
+    started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
+    if started != accelerator.num_processes:
+        # Each would be the main process, and write to the same folder.
+        raise ConfigError(
+            f"WORLD_SIZE says that {started} processes were started, but for Accelerate there are "
+            f"{accelerator.num_processes}. On CPUs set the variable ACCELERATE_USE_CPU=true; otherwise start them by "
+            "accelerate launch or torchrun."
+        )
+    accumulation = config.training.gradient_accumulation
+    if accumulation != accelerator.gradient_accumulation_steps:
+        raise ConfigError(
+            f"training.gradient_accumulation is {accumulation}, but Accelerate was told "
+            f"{accelerator.gradient_accumulation_steps}, by the variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS or the "
+            f"configuration of DeepSpeed. Set training.gradient_accumulation={accelerator.gradient_accumulation_steps},"
+            " or change it there."
+        )
+
+
 def _on_main_process(accelerator: Accelerator, function: Callable[[], Any]) -> Any:
     """Runs something in the main process alone; its result, or its failure, is everyone's."""
     outcome: list[Any] = [None, None]
@@ -340,17 +380,14 @@ def _load_data(config: TrainingConfig) -> tuple[SegmentationDataset, Segmentatio
         "ignore_index": section.ignore_index,
         "label_shift": section.label_shift,
         "streaming": section.streaming,
-        "config_name": section.config_name,
-        "revision": section.revision,
     }
-    data = load_segmentation_dataset(section.source, section.split, **options)
+    version = {"config_name": section.config_name, "revision": section.revision}
+    data = load_segmentation_dataset(section.source, section.split, **options, **version)
     if section.validation_split is None:
         return data, None
-    if section.validation_source is not None:
-        # Another data set: what was said of the first one's labels, name and version does not hold for it.
-        options = {"streaming": section.streaming}
-    source = section.validation_source or section.source
-    return data, load_segmentation_dataset(source, section.validation_split, **options)
+    if section.validation_source is None:
+        return data, load_segmentation_dataset(section.source, section.validation_split, **options, **version)
+    return data, load_segmentation_dataset(section.validation_source, section.validation_split, **options)
 
 
 def _fingerprint(data: SegmentationDataset) -> dict[str, Any]:
@@ -418,7 +455,8 @@ def _evaluate(
         whole, processor, validation, accelerator=accelerator, limit=config.evaluation.limit, progress=bar
     )
     miou = results.metrics["mIoU"]
-    is_best = best is None or miou > best["mIoU"]
+    # There is none where nothing has a label.
+    is_best = not math.isnan(miou) and (best is None or miou > best["mIoU"])
     progress["evaluated"] = step
     if is_best:
         progress["best"] = {"step": step, "mIoU": miou}

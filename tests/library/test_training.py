@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from typer.testing import CliRunner
 
 from san_hf import from_pretrained
@@ -359,6 +361,81 @@ def test_resume_matrix(root, tmp_path, workers, accumulation, processes, streami
 
 
 # What goes wrong
+
+
+def without_the_flag_for_cpus(config: TrainingConfig) -> None:
+    del os.environ["ACCELERATE_USE_CPU"]
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("WORLD_SIZE", "2", "2 processes were started, but for Accelerate there are 1.*ACCELERATE_USE_CPU=true"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "4",
+            "gradient_accumulation is 2, but Accelerate was told 4.*training.gradient_accumulation=4",
+        ),
+    ],
+)
+def test_launched_otherwise_than_configured(root, tmp_path, monkeypatch, variable, value, message):
+    """Catches processes that each write the whole run, and steps of more batches than the configuration says."""
+    monkeypatch.setenv(variable, value)
+    config = configure(root, tmp_path / "run", "training.gradient_accumulation=2")
+    ((error, text),) = Run(without_the_flag_for_cpus, config).outcomes()
+    assert error == "ConfigError"
+    assert re.search(message, text), text
+    assert not (tmp_path / "run").exists()
+
+
+def test_second_ctrl_c(monkeypatch):
+    """Catches a launcher's copy of a Ctrl-C that is taken for a second one, and a second one that is passed over."""
+    with loop.StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        later = time.monotonic() + 3
+        monkeypatch.setattr(loop.time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_gradient_checkpointing(root, tmp_path):
+    """Catches a way to ask for it that transformers is about to remove, and other losses than without it."""
+    for value in ("true", "false"):
+        options = (f"training.gradient_checkpointing={value}", "training.steps=2", "data.validation_split=null")
+        config = configure(root, tmp_path / value, *options)
+        assert Run(train, config).outcomes() == [tmp_path / value / "final"]
+    assert read_log(tmp_path / "true") == read_log(tmp_path / "false")
+
+
+def test_validation_source(root, tmp_path):
+    """
+    Catches other classes or labels for the validation set than for the training set, where they are given; and
+    a model that is the best for a mIoU that there isn't.
+    """
+    shutil.copytree(root / "data" / "validation", tmp_path / "other")
+    labels = Image.open(tmp_path / "other" / "labels" / "000.png")
+    Image.fromarray(np.full((labels.height, labels.width), 7, dtype=np.uint8)).save(labels.filename)
+    options = (
+        f"data.validation_source={tmp_path / 'other'}",
+        "data.class_names=[sky, road, tree]",  # the folder itself says none
+        "data.ignore_index=7",
+        f"data.source={tmp_path / 'data'}",
+        "training.steps=1",
+        "evaluation.limit=1",
+    )
+    shutil.copytree(root / "data", tmp_path / "data")
+    for path in (tmp_path / "data" / "train" / "labels").iterdir():
+        labels = np.asarray(Image.open(path))
+        Image.fromarray(np.where(labels == 255, 7, labels).astype(np.uint8)).save(path)
+    outcomes = Run(train, configure(root, tmp_path / "run", *options)).outcomes()
+    assert outcomes == [tmp_path / "run" / "final"]
+    _, evaluation = read_log(tmp_path / "run")
+    assert evaluation["validation"]["mIoU"] is None
+    assert evaluation["best"] is False
+    assert not (tmp_path / "run" / "best").exists()
 
 
 def run_command(*arguments: str):
