@@ -1,6 +1,7 @@
 """`san-hf evaluate`."""
 
 import os
+import shutil
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -162,7 +163,9 @@ def evaluate(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if device not in ("auto", "cpu"):
             raise ValueError(f"Got --device {device} for several processes: each has its own, leave the option out.")
-        accelerator = Accelerator(cpu=device == "cpu")
+        # Accelerate joins processes without a GPU only if it is told that CPUs are meant. The precision is --dtype's,
+        # whatever was set for Accelerate.
+        accelerator = Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision="no")
     main = accelerator is None or accelerator.is_main_process
     wait = accelerator.wait_for_everyone if accelerator else lambda: None
 
@@ -183,6 +186,11 @@ def evaluate(
     for folder in folders:
         check_folder(folder, resume, overwrite)
     wait()  # before any of them begins to write
+    if main and overwrite:
+        for folder in folders:
+            # What this run may not replace; evaluate and write_results replace the rest.
+            (folder / PICTURES_FILE).unlink(missing_ok=True)
+            shutil.rmtree(folder / COMPARED_FOLDER, ignore_errors=True)
 
     place = accelerator.device if accelerator else pick_device(device)
     models = {}
@@ -195,7 +203,12 @@ def evaluate(
         "templates": templates and templates.value,
         "augment": augment,
     }
-    settings = options | {"limit": limit, "dtype": dtype.value, "batch_size": batch_size}
+    settings = options | {
+        "limit": limit,
+        "dtype": dtype.value,
+        "batch_size": batch_size,
+        "label_shift": label_shift,
+    }
 
     reports, broken = [], []
     for data, folder in zip(all_data, folders):
@@ -222,8 +235,12 @@ def evaluate(
             )
             evaluations[name] = evaluation
             if main:
+                used = {
+                    "templates": settings["templates"] or processor.prompt_templates,
+                    "ignore_index": data.ignore_index,
+                }
                 extra = {"left_out": evaluation.broken} if evaluation.broken else {}
-                facts = {"model": name, "dataset": data.name, "split": data.split, "settings": settings | extra}
+                facts = {"model": name, "dataset": data.name, "split": data.split, "settings": settings | used | extra}
                 reports.append(write_results(into, evaluation, **facts))
         broken += evaluations[model].broken
         if main and pictures:
@@ -233,6 +250,7 @@ def evaluate(
         print_reports(reports, folders, per_class)
         for message in broken:
             Console(stderr=True, soft_wrap=True).print(f"Left out: {message}", markup=False, highlight=False)
+    wait()  # a launcher ends them all when the first ends with status 1
     if accelerator is not None:
         accelerator.end_training()
         accelerator.state.destroy_process_group()

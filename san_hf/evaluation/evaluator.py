@@ -47,7 +47,7 @@ class Evaluation(Results):
     Attributes:
         worst: (index, mIoU of the image alone in percent) of the images with the lowest, lowest first; as many as
             were asked for.
-        broken: what is wrong with each example that was left out.
+        broken: what is wrong with each example that was left out, in the order of the examples.
     """
 
     worst: list[tuple[int, float]] = field(default_factory=list)
@@ -100,7 +100,7 @@ def evaluate(
         save_every: how many images of a process to lose at most when it is killed.
         resume: go on where an evaluation with the same `output`, the same settings, and as many processes was
             interrupted. Where there is nothing to go on from, it starts anew, as it always does otherwise.
-        predictions: whether to write `output`/predictions.json: see [`encode_predictions`].
+        predictions: whether to write `output`/predictions.json: see [`encode_predictions`] and [`merge_predictions`].
         progress: what to call the progress bar on standard error; `None` for no bar.
 
     Returns:
@@ -138,7 +138,12 @@ def evaluate(
             folder = Path(output)
             settings = {
                 "processes": world,
+                "batch size": batch_size,
                 "data set": [data.name, data.split, total, list(data.class_names), data.ignore_index],
+                "label shift": data.label_shift,
+                # Of the files' paths, or of the cache that they were read into, and the columns: it is the same in
+                # another process. Streams have none.
+                "fingerprint of the data set": None if streamed else data.dataset._fingerprint,
                 "model": _checksum(model, processor),
                 "dtype": str(model.dtype),
                 "expansion": expand,
@@ -153,8 +158,10 @@ def evaluate(
                 if rank == 0:
                     if not resume:
                         shutil.rmtree(folder / "progress", ignore_errors=True)
-                        (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
                     (folder / "progress").mkdir(parents=True, exist_ok=True)
+                    # Predictions that no state has led to are of another evaluation.
+                    if not all((folder / "progress" / f"{other}.pt").exists() for other in range(world)):
+                        (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
                 wait()
                 store = _Store(folder / "progress" / f"{rank}.pt", settings)
                 store.load(state)
@@ -180,7 +187,7 @@ def evaluate(
             for example, prediction in zip(examples, label_maps):
                 state.count(example.index, prediction, example.label_map)
                 if writer is not None:
-                    entries = encode_predictions(prediction.cpu().numpy(), ids, example.index, example.name)
+                    entries = encode_predictions(prediction.cpu().numpy(), ids, example.name)
                     with _writing(folder):
                         writer.write(example.index, entries)
 
@@ -202,7 +209,7 @@ def evaluate(
                     if example.error is None:
                         waiting.add(example)
                     elif skip_broken:
-                        state.broken.append(str(example.error))
+                        state.broken.append((example.index, str(example.error)))
                     else:
                         waiting.finish()
                         save()
@@ -232,6 +239,7 @@ def evaluate(
     if accelerator is not None:
         metrics.reduce(accelerator)
         broken, worst_images = gather_object(broken), gather_object(worst_images)
+    broken = [message for _, message in sorted(broken)]
     if not metrics.num_images:
         raise EvaluationError(
             f"{data.name}: none of the images of {data.split} could be used"
@@ -321,7 +329,7 @@ class _State:
     def __init__(self, metrics: SegmentationMetrics, num_worst: int):
         self.metrics, self.num_worst = metrics, num_worst
         self.done = 0
-        self.broken: list[str] = []
+        self.broken: list[tuple[int, str]] = []  # with the index
         self.worst: list[tuple[float, int]] = []  # a heap of (-mIoU, index)
         self.predictions_size = 0
 

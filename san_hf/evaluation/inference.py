@@ -66,7 +66,7 @@ class SemanticPredictor:
         autocast: a context manager to run the model in, such as `accelerator.autocast()`.
 
     Raises:
-        ValueError: names that are no vocabulary: blank or repeated ones.
+        ValueError: names that are no vocabulary: blank or repeated ones, or ones without a word.
     """
 
     def __init__(
@@ -84,7 +84,13 @@ class SemanticPredictor:
         self.model, self.processor, self.augment, self.autocast = model, processor, augment, autocast
         self.num_labels = len(class_names)
         # Two classes may share a synonym, which the text tower then sees once; capitals it doesn't see.
-        groups = [[part.lower() for part in split_synonyms(name)] for name in class_names] if synonyms else None
+        groups = [[part.lower() for part in split_synonyms(name)] for name in class_names] if synonyms else []
+        if [] in groups:
+            label = groups.index([])
+            raise ValueError(
+                f"Class {label}, {class_names[label]!r}, has no word: expected at least one between its commas and "
+                "semicolons, or no synonyms."
+            )
         names = list(dict.fromkeys(part for group in groups for part in group)) if synonyms else list(class_names)
         every_name = names
         if expand is not None:

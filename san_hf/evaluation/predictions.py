@@ -19,30 +19,24 @@ def category_ids(class_names: Sequence[str]) -> list[int]:
     return list(range(len(class_names)))
 
 
-def encode_predictions(label_map: np.ndarray, ids: Sequence[int], index: int, name: str) -> list[dict]:
+def encode_predictions(label_map: np.ndarray, ids: Sequence[int], name: str) -> list[dict]:
     """
     One image's predictions.
 
     Args:
         label_map: (H, W) integers; those of `len(ids)` and above are none of the classes, and left out.
         ids: the category id of each label.
-        index: of the image.
-        name: of its file.
+        name: of the image's file.
 
     Returns:
-        For each label that occurs "image_id" (the file's name as a number, "000000000139.jpg" -> 139, or else
-        `index`), "file_name", "category_id", and "segmentation", a run-length code of COCO's: {"size": [H, W],
-        "counts": text}.
+        For each label that occurs "file_name", "category_id", and "segmentation", a run-length code of COCO's:
+        {"size": [H, W], "counts": text}.
     """
-    stem = Path(name).stem
-    image_id = int(stem) if stem.isascii() and stem.isdecimal() else index
     entries = []
     for label in np.unique(label_map[label_map < len(ids)]).tolist():
         code = coco_mask.encode(np.asfortranarray(label_map == label, dtype=np.uint8))
         segmentation = {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
-        entries.append(
-            {"image_id": image_id, "file_name": name, "category_id": ids[label], "segmentation": segmentation}
-        )
+        entries.append({"file_name": name, "category_id": ids[label], "segmentation": segmentation})
     return entries
 
 
@@ -82,14 +76,22 @@ class PredictionWriter:
 
 
 def merge_predictions(parts: Sequence[Path], output: Path) -> None:
-    """Makes one JSON list of all processes' files, in the order of the images; it appears at once when complete."""
+    """
+    Makes one JSON list of all processes' files, in the order of the images; it appears at once when complete.
+
+    Each entry also gets an "image_id": the file's name as a number, "000000000139.jpg" -> 139, if that tells all
+    images apart; otherwise the image's index.
+    """
     partial = output.with_name(f".{output.name}.part")
+    numbers = [_file_number(entries[0]["file_name"]) for part in parts for _, entries in _read(part) if entries]
+    numbered = None not in numbers and len(set(numbers)) == len(numbers)
     try:
         with open(partial, "w", encoding="utf-8") as file:
             separator = "["
-            for _, entries in heapq.merge(*map(_read, parts), key=lambda line: line[0]):
+            for index, entries in heapq.merge(*map(_read, parts), key=lambda line: line[0]):
                 for entry in entries:
-                    file.write(f"{separator}\n{json.dumps(entry, ensure_ascii=False)}")
+                    image_id = _file_number(entry["file_name"]) if numbered else index
+                    file.write(f"{separator}\n{json.dumps({'image_id': image_id, **entry}, ensure_ascii=False)}")
                     separator = ","
             file.write("\n]\n" if separator == "," else "[]\n")
             file.flush()
@@ -97,6 +99,11 @@ def merge_predictions(parts: Sequence[Path], output: Path) -> None:
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _file_number(name: str) -> int | None:
+    stem = Path(name).stem
+    return int(stem) if stem.isascii() and stem.isdecimal() else None
 
 
 def _read(part: Path) -> Iterator[list]:

@@ -1,10 +1,11 @@
 """SAN's published figures, from the facts of its checkpoints (`model_cards/`), and what can be compared with them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from san_hf.cards import load_facts
 from san_hf.data.benchmarks import BENCHMARKS
+from san_hf.vocabularies import load_vocabulary
 
 
 PUBLISHED_MODELS = ("san-vit-b-16", "san-vit-large-14")
@@ -49,7 +50,9 @@ def published_figures(model: str, dataset: str) -> dict[str, float]:
     return {metric: row[name] for metric, (name, _) in SOURCES.items() if name in row}
 
 
-def obstacles(dataset: str, split: str, num_images: int, settings: Mapping[str, Any]) -> list[str]:
+def obstacles(
+    dataset: str, split: str, num_images: int, class_names: Sequence[str], settings: Mapping[str, Any]
+) -> list[str]:
     """
     Why a result can't be compared with published figures, which are of all images of the validation split, at a single
     scale, with the names of the benchmark's own classes as given. Empty if it can.
@@ -58,6 +61,7 @@ def obstacles(dataset: str, split: str, num_images: int, settings: Mapping[str, 
         dataset: its name.
         split: the part of it.
         num_images: how many were counted.
+        class_names: of its labels.
         settings: how `evaluate` was called; what isn't in it was at its default.
     """
     if dataset not in TITLES:
@@ -68,12 +72,20 @@ def obstacles(dataset: str, split: str, num_images: int, settings: Mapping[str, 
         reasons.append(f"it is of the split {split}, published are figures of validation")
     elif num_images != expected:
         reasons.append(f"it is of {num_images:,} images, the validation split has {expected:,}")
+    own_names = load_vocabulary(dataset)
+    if len(class_names) != len(own_names):
+        reasons.append(f"it has {len(class_names)} classes, {dataset} has {len(own_names)}")
+    elif changed := [(name, own) for name, own in zip(class_names, own_names) if name != own]:
+        (name, own), more = changed[0], f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        reasons.append(f"its classes have other names: {name!r} for {own!r}{more}")
     if settings.get("augment"):
         reasons.append("it was made with test-time augmentation, published are figures of a single scale")
     if settings.get("expand"):
         reasons.append(f"the vocabulary was expanded by {settings['expand']}")
     if settings.get("synonyms"):
         reasons.append("synonyms were split, published are figures with names as given")
-    if settings.get("templates") not in (None, "vild"):
-        reasons.append(f"its prompt templates were {settings['templates']}, published are figures with vild")
+    templates = settings.get("templates")
+    if templates not in (None, "vild"):
+        shown = templates if isinstance(templates, str) else f"{len(templates)} of the model's own"
+        reasons.append(f"its prompt templates were {shown}, published are figures with vild")
     return reasons

@@ -201,7 +201,9 @@ def to_markdown(report: Report) -> str:
         [f"{name} ({DEFINITIONS[name]})" if name in DEFINITIONS else name, percent(value)]
         for name, value in report.metrics.items()
     ]
-    settings = ", ".join(f"{name}: {value}" for name, value in report.settings.items() if value not in (None, False))
+    settings = ", ".join(
+        f"{name}: {value}" for name, value in report.settings.items() if value is not None and value is not False
+    )
     return (
         "\n\n".join(
             [
@@ -268,7 +270,13 @@ def results(
         {
             "report": report,
             "comparison": compare(report, names),
-            "not comparable": obstacles(report.dataset, report.split, report.images, report.settings),
+            "not comparable": obstacles(
+                report.dataset,
+                report.split,
+                report.images,
+                [row["name"] for row in report.per_class],
+                report.settings,
+            ),
         }
         for path in paths
         for report in read_results(path)

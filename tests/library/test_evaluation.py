@@ -1,8 +1,10 @@
 """Evaluation of the embedded checkpoint on drawn scenes: its figures, its files, and what goes wrong."""
 
+import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
@@ -21,7 +24,7 @@ from san_hf.data.picture_book import CLASS_NAMES, draw_scene
 from san_hf.evaluation.evaluator import EvaluationError, draw_examples, evaluate
 from san_hf.evaluation.inference import AUGMENTATION_SCALES, SemanticPredictor, split_synonyms
 from san_hf.evaluation.metrics import SegmentationMetrics
-from san_hf.evaluation.predictions import category_ids, encode_predictions
+from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
 from san_hf.hub import from_pretrained
 from san_hf.segmentation import Segmenter
 from san_hf.visualization import (
@@ -34,6 +37,7 @@ from san_hf.visualization import (
     draw_comparisons,
 )
 from san_hf.vocabularies import load_class_ids, load_vocabulary
+from tests.library.training_runs import Run
 
 
 ROOT = Path(__file__).parents[2]
@@ -150,8 +154,10 @@ def test_streamed(loaded, folder, expected):
 
 def launch(processes, *arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += ["-m", "san_hf.cli", "evaluate", "--device", "cpu", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    # The CPU is found where there is nothing else; what is set for Accelerate is not for the figures.
+    command += ["-m", "san_hf.cli", "evaluate", *map(str, arguments)]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_MIXED_PRECISION": "bf16"}
+    return subprocess.run(command, cwd=ROOT, env=os.environ | hidden, capture_output=True, text=True, timeout=250)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
@@ -269,6 +275,8 @@ def test_synonyms(loaded, data):
     (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[got.shape])
     assert torch.equal(got, expected)
     assert len(got.unique()) == 3  # "sky" goes to the first class that has it
+    with pytest.raises(ValueError, match="Class 1, ';', has no word"):
+        SemanticPredictor(model, processor, ["sky", ";"], synonyms=True)
     as_given = SemanticPredictor(model, processor, names)
     assert not torch.equal(as_given([as_given.prepare(image)])[0], got)
 
@@ -302,8 +310,41 @@ def test_predictions(loaded, data, tmp_path):
     coco = load_vocabulary("coco-stuff")
     assert category_ids(coco) == load_class_ids("coco-stuff") != list(range(171))
     assert category_ids(["a", "b"]) == [0, 1]
-    (entry,) = encode_predictions(np.array([[1, 2, 2]]), [7, 8], 3, "photo.jpg")  # 2 is none of the classes
-    assert (entry["category_id"], entry["image_id"]) == (8, 3)
+    (entry,) = encode_predictions(np.array([[1, 2, 2]]), [7, 8], "photo.jpg")  # 2 is none of the classes
+    assert entry["category_id"] == 8
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["000139.jpg", "000285.jpg", "000632.jpg"], [139, 285, 632]),
+        (["1.png", "2.png", "a.png"], [0, 1, 2]),
+        (["a/1.png", "b/1.png", "b/2.png"], [0, 1, 2]),
+        (["1.png", "01.png", "5.png"], [0, 1, 2]),
+    ],
+)
+def test_prediction_ids(tmp_path, names, expected):
+    """Catches two images with one id: names that are numbers beside others, and numbers that occur twice."""
+    parts = [tmp_path / "0.jsonl", tmp_path / "1.jsonl"]
+    for rank, part in enumerate(parts):
+        writer = PredictionWriter(part)
+        for index in range(rank, len(names), 2):
+            writer.write(index, encode_predictions(np.array([[0, 1]]), [7, 8], names[index]))
+        writer.flush()
+        writer.close()
+    merge_predictions(parts, tmp_path / "predictions.json")
+    entries = json.loads((tmp_path / "predictions.json").read_text())
+    assert [(entry["image_id"], entry["file_name"]) for entry in entries[::2]] == list(zip(expected, names))
+    assert [entry["image_id"] for entry in entries[1::2]] == expected
+
+
+def test_predictions_of_an_earlier_run(loaded, data, folder, tmp_path):
+    """Catches predictions of other settings that stay beside new figures, as the states that told are gone."""
+    evaluate(*loaded, data, output=tmp_path, predictions=True, limit=2)
+    shutil.rmtree(tmp_path / "progress")
+    evaluate(*loaded, data, output=tmp_path, predictions=True, limit=4, resume=True)
+    entries = json.loads((tmp_path / "predictions.json").read_text())
+    assert {entry["image_id"] for entry in entries} == {0, 1, 2, 3}
 
 
 @pytest.fixture
@@ -345,6 +386,21 @@ def test_broken_image(command, broken, loaded, data, tmp_path):
         evaluate(*loaded, rest)
 
 
+def evaluate_broken(broken: Path, loaded: tuple, processes: int) -> list[str]:
+    accelerator = Accelerator(mixed_precision="no") if processes > 1 else None
+    data = load_segmentation_dataset(broken, "validation")
+    return evaluate(*loaded, data, accelerator=accelerator, skip_broken=True, workers=0).broken
+
+
+def test_broken_images_of_two_processes(broken, loaded):
+    """Catches broken images that are listed in another order for another number of processes."""
+    image = broken / "images" / f"{1:012}.png"
+    image.write_bytes(image.read_bytes()[:300])
+    (alone,) = Run(evaluate_broken, broken, loaded, 1).outcomes()
+    assert [f"{index:012}.png" in message for index, message in zip((1, 4), alone, strict=True)] == [True, True]
+    assert Run(evaluate_broken, broken, loaded, 2, processes=2).outcomes() == [alone, alone]
+
+
 def test_outputs_that_are_not_finite(loaded, data, tmp_path):
     """Catches figures of a model whose outputs are NaN, and an error that doesn't say at which image."""
     model, processor = loaded
@@ -366,6 +422,14 @@ def test_state_of_another_evaluation(loaded, data, tmp_path):
     evaluate(model, processor, data, limit=3, output=tmp_path)
     with pytest.raises(EvaluationError, match="the data set differs"):
         evaluate(model, processor, data, limit=4, output=tmp_path, resume=True)
+    shifted = dataclasses.replace(data, label_shift=-1)
+    with pytest.raises(EvaluationError, match="the label shift differs; it was 0 and is -1 now"):
+        evaluate(model, processor, shifted, limit=3, output=tmp_path, resume=True)
+    with pytest.raises(EvaluationError, match="the batch size differs; it was 1 and is 2 now"):
+        evaluate(model, processor, data, limit=3, output=tmp_path, resume=True, batch_size=2)
+    others = dataclasses.replace(data, dataset=data.dataset.select(range(NUM_IMAGES - 1, -1, -1)))
+    with pytest.raises(EvaluationError, match="the fingerprint of the data set differs"):
+        evaluate(model, processor, others, limit=3, output=tmp_path, resume=True)
     kept = model.no_object_embed.detach().clone()
     try:
         with torch.no_grad():
@@ -395,8 +459,15 @@ def test_command(command, loaded, data, expected, tmp_path):
     picture = Image.open(tmp_path / "scenes" / "pictures.png")
     assert picture.height > 4 * COMPARISON_SIZE * 0.6
     assert "holds results" in command("-o", tmp_path, status=2).output
+    (tmp_path / "scenes" / "compared").mkdir()
     command("-o", tmp_path, "--overwrite", "--limit", 1)
-    assert json.loads((tmp_path / "scenes" / "results.json").read_text())["images"] == 1
+    results = json.loads((tmp_path / "scenes" / "results.json").read_text())
+    assert results["images"] == 1
+    settings = results["settings"]
+    assert (settings["templates"], settings["ignore_index"], settings["label_shift"]) == ("vild", 255, 0)
+    # Of the run that was replaced.
+    assert not (tmp_path / "scenes" / "pictures.png").exists()
+    assert not (tmp_path / "scenes" / "compared").exists()
 
 
 def test_command_compares_two_models(command, loaded, data, tmp_path):

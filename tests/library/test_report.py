@@ -126,15 +126,22 @@ def test_published_figures():
 def test_obstacles():
     """Catches a result of other settings that passes for comparable, and a comparable one that doesn't."""
     plain = {"limit": None, "expand": None, "synonyms": False, "templates": None, "augment": False, "dtype": "float32"}
-    assert obstacles("voc", "validation", 1449, plain) == []
-    assert obstacles("voc", "validation", 1449, plain | {"templates": "vild"}) == []
-    for change in ({"expand": "coco"}, {"synonyms": True}, {"templates": "imagenet"}, {"augment": True}):
-        (reason,) = obstacles("voc", "validation", 1449, plain | change)
+    names = load_vocabulary("voc")
+    assert obstacles("voc", "validation", 1449, names, plain) == []
+    assert obstacles("voc", "validation", 1449, names, plain | {"templates": "vild"}) == []
+    changes = [{"expand": "coco"}, {"synonyms": True}, {"templates": "imagenet"}, {"augment": True}]
+    for change in [*changes, {"templates": ["a {}.", "one {}."]}]:
+        (reason,) = obstacles("voc", "validation", 1449, names, plain | change)
         assert reason
-    (reason,) = obstacles("voc", "train", 10582, plain)
+    assert "2 of the model's own" in reason
+    (reason,) = obstacles("voc", "train", 10582, names, plain)
     assert "split train" in reason
-    (reason,) = obstacles("voc", "validation", 1448, plain)
+    (reason,) = obstacles("voc", "validation", 1448, names, plain)
     assert "1,448 images" in reason
+    (reason,) = obstacles("voc", "validation", 1449, ["plane", *names[1:]], plain)
+    assert reason == "its classes have other names: 'plane' for 'aeroplane'"
+    (reason,) = obstacles("voc", "validation", 1449, names[1:], plain)
+    assert "19 classes" in reason
 
 
 @pytest.mark.parametrize(
