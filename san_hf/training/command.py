@@ -1,5 +1,7 @@
 """`san-hf train`, which is also `scripts/train.py`."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -59,6 +61,7 @@ def train(
     from san_hf.training.loop import PeerError, TrainingError
     from san_hf.training.loop import train as run
 
+    status = 0
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -71,14 +74,21 @@ def train(
         if dist.is_initialized() and dist.get_backend() == "nccl":  # which asks for it
             dist.destroy_process_group()
     except PeerError:
-        raise typer.Exit(2) from None
+        status = 2
     except (ConfigError, DataError, TrainingError, CheckpointError) as error:
         typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
+        status = 2
     except OSError as error:  # a full disk can show anywhere
         where = f" ({error.filename})" if error.filename else ""
         typer.echo(f"Error: {error.strerror or error}{where}. Complete checkpoints are kept: see --resume.", err=True)
-        raise typer.Exit(2) from None
+        status = 2
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        # Its threads still run. Where the interpreter takes down the rest around them, a run that has succeeded may
+        # end by SIGABRT; destroying the group may hang, see RunLog. All files are closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise typer.Exit(status)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
