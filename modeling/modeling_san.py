@@ -7,6 +7,7 @@ vision heads; Ca the side adapter's width, Hs x Ws its grid; n bias layers.
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -394,8 +395,11 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         adapter.setdefault("fusion_layers", [[round(recognition_layer * i / 3), i] for i in range(4)])
         # With patches of 14 pixels, 0.7 of 640 pixels is a whole number of them.
         adapter.setdefault("clip_image_scale", 0.7 if vision_config.patch_size == 14 else 0.5)
+        clip_config = clip.config.to_dict()
+        if os.path.isdir(pretrained_model_name_or_path):
+            clip_config.pop("_name_or_path", None)  # it would be saved, and means nothing on another machine
         model = cls._from_config(
-            SANConfig(clip_config=clip.config.to_dict(), **adapter),
+            SANConfig(clip_config=clip_config, **adapter),
             dtype=clip.dtype,
             attn_implementation=clip.config._attn_implementation,
         )
