@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a bias for each layer": {"num_bias_layers": 5},
 }
 COMMITTED = Path(__file__).with_suffix(".json")
-TOLERANCE = 5.0  # points of novel mIoU: seeds differ by less
+TOLERANCE = 5.0  # points of novel mIoU, for what chance does
 
 
 def parse_arguments() -> argparse.Namespace:
