@@ -41,7 +41,7 @@ OBJECTS = tuple(HABITATS)
 STUFF = ("sky", "mountain", "grass", "sand", "water")
 
 COMPOSITIONS = tuple(f"{attribute} {thing}" for thing in OBJECTS for attribute in ATTRIBUTES)
-# A diagonal of the attribute x object table: two novel pairs in each row, two in each column.
+# A diagonal of the attribute x object table: two novel pairs for each object, one or two for each attribute.
 NOVEL = tuple(
     f"{attribute} {thing}"
     for o, thing in enumerate(OBJECTS)

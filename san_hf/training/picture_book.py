@@ -116,21 +116,21 @@ def build_processor(tokenizer: CLIPTokenizer) -> SANProcessor:
     return SANProcessor(image_processor=SANImageProcessor(size=size), tokenizer=tokenizer)
 
 
-def train_clip(tokenizer: CLIPTokenizer, seed: int, phases: Sequence[CLIPPhase] | None = None) -> CLIPModel:
+def train_clip(tokenizer: CLIPTokenizer, seed: int, phases: Sequence[CLIPPhase] = CLIP_PHASES) -> CLIPModel:
     """
     Contrastive training on pictures and captions.
 
     Args:
         tokenizer: for the captions.
         seed: of pictures, weights and order.
-        phases: how much of what, one after the other; `CLIP_PHASES` by default.
+        phases: how much of what, one after the other.
 
     Returns:
         The model in evaluation mode, float32.
     """
     set_seed(seed)
     clip = CLIPModel(_clip_config(tokenizer))
-    for number, phase in enumerate(phases or CLIP_PHASES):
+    for number, phase in enumerate(phases):
         _train_clip_phase(clip, tokenizer, phase, seed, number)
     return clip.eval()
 
