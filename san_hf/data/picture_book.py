@@ -1,7 +1,7 @@
 """A procedural picture book: drawn scenes with exact label maps and captions, from a seed.
 
 Every object is a *composition* of one attribute (a colour or a pattern) and one kind of thing: "red car", "striped
-house". A quarter of the compositions are *novel*: they may occur in captions, but a segmentation model never gets a
+house". Two in eleven of the compositions are *novel*: they may occur in captions, but a segmentation model never gets a
 mask of one, so that mIoU on novel against base compositions measures what an open-vocabulary model understands of
 words rather than what it has memorised of masks. Every attribute and every kind of thing occurs in base compositions.
 
@@ -18,14 +18,19 @@ from PIL import Image, ImageDraw, ImageOps
 
 COLOURS = {
     "red": (212, 40, 40),
-    "yellow": (245, 208, 40),
+    "orange": (240, 132, 30),
+    "yellow": (245, 214, 50),
+    "green": (28, 124, 62),
     "blue": (40, 70, 200),
-    "purple": (130, 50, 160),
+    "purple": (125, 50, 160),
+    "pink": (242, 140, 190),
     "white": (245, 244, 240),
     "black": (38, 36, 42),
 }
-PATTERNS = ("striped", "dotted")
+PATTERNS = ("striped", "rainbow")
 ATTRIBUTES = (*COLOURS, *PATTERNS)
+
+PAGE_SIZE = 160  # side of a page in pixels
 
 # What may be drawn where. Sky objects float above the horizon, the others stand or swim in a band of their own.
 HABITATS = {
@@ -41,12 +46,12 @@ OBJECTS = tuple(HABITATS)
 STUFF = ("sky", "mountain", "grass", "sand", "water")
 
 COMPOSITIONS = tuple(f"{attribute} {thing}" for thing in OBJECTS for attribute in ATTRIBUTES)
-# A diagonal of the attribute x object table: two novel pairs for each object, one or two for each attribute.
+# Diagonals of the attribute x object table: two novel pairs for each object, one or two for each attribute.
 NOVEL = tuple(
     f"{attribute} {thing}"
     for o, thing in enumerate(OBJECTS)
     for a, attribute in enumerate(ATTRIBUTES)
-    if (a + o) % 4 == 3
+    if (a + 3 * o) % len(ATTRIBUTES) < 2
 )
 BASE = tuple(name for name in COMPOSITIONS if name not in NOVEL)
 CLASS_NAMES = (*COMPOSITIONS, *STUFF)  # index = value in a label map
@@ -108,8 +113,13 @@ def _cloth(rng: np.random.Generator, attribute: str, size: int) -> Image.Image:
     if attribute in COLOURS:
         jitter = rng.integers(-14, 15, 3)
         return Image.new("RGB", (size, size), tuple(int(c) for c in np.clip(COLOURS[attribute] + jitter, 0, 255)))
-    # Patterns come in any two colours of clearly different lightness, green and orange among them: no pattern is
-    # recognised by its colour.
+    if attribute == "rainbow":
+        hue = Image.linear_gradient("L").resize((size, size)).point(lambda value: value * 0.8)  # red to violet
+        if rng.random() < 0.5:
+            hue = hue.rotate(90)
+        saturation, value = (Image.new("L", (size, size), int(rng.integers(200, 246))) for _ in range(2))
+        return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    # Stripes come in any two colours of clearly different lightness: they are not recognised by their colour.
     dark = [(190, 40, 40), (40, 60, 170), (110, 40, 140), (30, 110, 60), (60, 50, 50)][rng.integers(5)]
     light = [(250, 246, 238), (248, 216, 80), (250, 190, 200), (176, 224, 240), (250, 170, 90)][rng.integers(5)]
     base, ink = (dark, light) if rng.random() < 0.5 else (light, dark)
@@ -117,20 +127,10 @@ def _cloth(rng: np.random.Generator, attribute: str, size: int) -> Image.Image:
     draw = ImageDraw.Draw(tile)
     step = size / rng.uniform(3.2, 4.8)
     start = rng.uniform(-step, 0)
-    count = math.ceil(size / step / 0.7) + 2
-    if attribute == "striped":
-        vertical = rng.random() < 0.5
-        for i in range(count):
-            near, far = start + i * step, start + (i + 0.5) * step
-            draw.rectangle((near, 0, far, size) if vertical else (0, near, size, far), fill=ink)
-    else:
-        # Large ones: as small as the stripes, they would be stripes at the size at which a picture is seen.
-        step *= 1.7
-        radius = step * rng.uniform(0.28, 0.34)
-        for i in range(count):
-            for j in range(count):
-                x, y = start + (i + 0.5 * (j % 2)) * step, start + j * step
-                draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=ink)
+    vertical = rng.random() < 0.5
+    for i in range(math.ceil(size / step) + 1):
+        near, far = start + i * step, start + (i + 0.5) * step
+        draw.rectangle((near, 0, far, size) if vertical else (0, near, size, far), fill=ink)
     return tile
 
 
@@ -178,12 +178,17 @@ def _car(c: _Cutout) -> None:
 
 
 def _tree(c: _Cutout) -> None:
-    c.detail("rectangle", (122, 84, 54), (0.43, 0.6), (0.57, 1.0))
+    c.detail("rectangle", (122, 84, 54), (0.42, 0.6), (0.58, 1.0))
     c.body("polygon", (0.5, 0.0), (0.8, 0.3), (0.7, 0.32), (0.96, 0.7), (0.04, 0.7), (0.3, 0.32), (0.2, 0.3))
+    for x, y in ((0.44, 0.2), (0.24, 0.54), (0.5, 0.44), (0.68, 0.56)):
+        c.detail("ellipse", (206, 60, 92), (x, y), (x + 0.1, y + 0.1))
 
 
 def _ball(c: _Cutout) -> None:
     c.body("ellipse", (0.1, 0.2), (0.9, 1.0))
+    tips = [(k * math.pi / 5, radius) for k, radius in enumerate([0.22, 0.1] * 5)]
+    star = [(0.5 + radius * math.sin(angle), 0.6 - radius * math.cos(angle)) for angle, radius in tips]
+    c.detail("polygon", (240, 196, 84), *star)
 
 
 def _boat(c: _Cutout) -> None:
@@ -194,19 +199,24 @@ def _boat(c: _Cutout) -> None:
 
 
 def _fish(c: _Cutout) -> None:
+    c.detail("polygon", (70, 176, 156), (0.28, 0.3), (0.46, 0.06), (0.62, 0.34))
+    c.detail("polygon", (70, 176, 156), (0.32, 0.72), (0.5, 0.94), (0.58, 0.7))
     c.body("polygon", (0.68, 0.5), (1.0, 0.26), (0.94, 0.5), (1.0, 0.76))
     c.body("ellipse", (0.0, 0.24), (0.8, 0.78))
-    c.detail("ellipse", (250, 250, 250), (0.12, 0.38), (0.24, 0.5))
-    c.detail("ellipse", (20, 20, 20), (0.15, 0.41), (0.21, 0.47))
+    c.detail("ellipse", (250, 250, 250), (0.1, 0.34), (0.28, 0.52))
+    c.detail("ellipse", (20, 20, 20), (0.15, 0.39), (0.23, 0.47))
 
 
 def _bird(c: _Cutout) -> None:
-    c.detail("polygon", (240, 150, 40), (0.0, 0.36), (0.14, 0.26), (0.14, 0.42))
+    for x in (0.42, 0.56):
+        c.detail("rectangle", (240, 150, 40), (x, 0.76), (x + 0.05, 1.0))
+    c.detail("polygon", (240, 150, 40), (0.0, 0.4), (0.18, 0.24), (0.18, 0.46))
     c.body("polygon", (0.66, 0.5), (1.0, 0.36), (0.96, 0.66))
     c.body("ellipse", (0.2, 0.36), (0.82, 0.8))
-    c.body("ellipse", (0.1, 0.18), (0.42, 0.5))
-    c.body("polygon", (0.36, 0.54), (0.78, 0.02), (0.7, 0.56))
-    c.detail("ellipse", (20, 20, 20), (0.19, 0.27), (0.26, 0.34))
+    c.detail("ellipse", (248, 234, 204), (0.28, 0.58), (0.62, 0.78))
+    c.body("ellipse", (0.1, 0.16), (0.44, 0.5))
+    c.body("polygon", (0.4, 0.54), (0.78, 0.02), (0.7, 0.56))
+    c.detail("ellipse", (20, 20, 20), (0.19, 0.26), (0.27, 0.34))
 
 
 _DRAW: dict[str, Callable[[_Cutout], None]] = {
@@ -313,10 +323,10 @@ def _listing(names: Sequence[str]) -> str:
 
 def draw_scene(
     seed: int | Sequence[int] | np.random.Generator,
-    size: tuple[int, int] = (128, 128),
+    size: tuple[int, int] = (PAGE_SIZE, PAGE_SIZE),
     names: Sequence[str] | None = None,
     choose_from: Sequence[str] = COMPOSITIONS,
-    scale: tuple[float, float] = (0.45, 0.65),
+    scale: tuple[float, float] = (0.48, 0.68),
 ) -> Scene:
     """Draws one scene; the same seed gives the same scene, byte for byte, on the same Pillow and NumPy.
 
@@ -439,7 +449,7 @@ VALIDATION_SEED = 20231109  # likewise, of pages to choose among models by, so t
 def measure(
     segment: Callable[[Image.Image], np.ndarray], pages: int = 150, seed: int = TEST_SEED
 ) -> dict[str, float]:
-    """Measures a segmenter on the first pages of the test set: 128 x 128 pixels, base and novel compositions mixed.
+    """Measures a segmenter on the first pages of the test set, base and novel compositions mixed.
 
     All of `CLASS_NAMES` compete at every pixel. The mean runs over the classes that occur on those pages.
 

@@ -236,7 +236,7 @@ def test_augmentation_is_the_average(loaded, data):
     for scale in AUGMENTATION_SCALES:
         for mirrored in (False, True):
             view = ImageOps.mirror(image) if mirrored else image
-            inputs = processor(images=view, size={"shortest_edge": round(128 * scale), "longest_edge": 896})
+            inputs = processor(images=view, size={"shortest_edge": round(160 * scale), "longest_edge": 1120})
             with torch.inference_mode():
                 outputs = model(**inputs, **tokens)
             (result,) = processor.post_process_semantic_segmentation(

@@ -26,7 +26,7 @@ def test_base_and_novel_share_every_word_and_no_composition():
     """Catches a split in which a novel composition has a word that no mask was ever given for, or is base as well."""
     assert set(book.BASE) | set(book.NOVEL) == set(book.COMPOSITIONS)
     assert not set(book.BASE) & set(book.NOVEL)
-    assert len(book.NOVEL) == len(book.COMPOSITIONS) // 4
+    assert len(book.NOVEL) / len(book.COMPOSITIONS) == 2 / 11
     for split in (book.BASE, book.NOVEL):
         attributes, things = zip(*(name.split(" ") for name in split))
         assert set(attributes) == set(book.ATTRIBUTES)
@@ -54,7 +54,7 @@ def test_label_map_is_exact(seed):
     blue = (pixels[..., 2] > 1.6 * pixels[..., 1]) & (pixels[..., 2] > 1.8 * pixels[..., 0])
     ball = scene.label_map == book.CLASS_NAMES.index("red ball")
     car = scene.label_map == book.CLASS_NAMES.index("blue car")
-    assert red[ball].mean() > 0.8 and red[~ball].mean() < 0.01
+    assert red[ball].mean() > 0.7 and red[~ball].mean() < 0.01
     assert blue[car].mean() > 0.35 and blue[~car].mean() < 0.02
     for drawn in scene.objects:
         ys, xs = np.nonzero(scene.label_map == book.CLASS_NAMES.index(drawn.name))
@@ -98,7 +98,7 @@ def test_photo_shows_its_subject(subject):
     [
         ({"size": (31, 64)}, "at least 32 x 32"),
         ({"names": ["red car"] * 6}, "room for five objects, got 6"),
-        ({"names": ["red car", "green car"]}, r"\['green car'\]"),
+        ({"names": ["red car", "grey car"]}, r"\['grey car'\]"),
     ],
 )
 def test_refuses_what_it_cannot_draw(arguments, message):
