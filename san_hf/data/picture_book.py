@@ -114,7 +114,7 @@ def _cloth(rng: np.random.Generator, attribute: str, size: int) -> Image.Image:
         jitter = rng.integers(-14, 15, 3)
         return Image.new("RGB", (size, size), tuple(int(c) for c in np.clip(COLOURS[attribute] + jitter, 0, 255)))
     if attribute == "rainbow":
-        hue = Image.linear_gradient("L").resize((size, size)).point(lambda value: value * 0.8)  # red to violet
+        hue = Image.linear_gradient("L").resize((size, size)).point(lambda level: level * 0.8)  # red to violet
         if rng.random() < 0.5:
             hue = hue.rotate(90)
         saturation, value = (Image.new("L", (size, size), int(rng.integers(200, 246))) for _ in range(2))

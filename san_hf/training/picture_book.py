@@ -171,7 +171,7 @@ def _train_clip_phase(clip: CLIPModel, tokenizer: CLIPTokenizer, phase: CLIPPhas
         ]
         texts = tokenizer(captions, padding=True, return_tensors="pt")
 
-        with torch.autocast("cpu", torch.bfloat16):  # a third faster; what is compared below is in single precision
+        with torch.autocast("cpu", torch.bfloat16):  # embeddings are compared in single precision, below
             hidden_states = clip.vision_model.embeddings(pixels)
             if step <= phase.steps_with_few_patches:
                 hidden_states = _drop_patches(rng, hidden_states)
