@@ -32,7 +32,7 @@ $(READY): setup.py pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(BIN)/san-hf segment san_hf/checkpoints/picture-book/sample.png --output outputs/demo --overwrite \
-		--classes "yellow ball, striped car, pink tree, sky, mountain, grass, water"
+		--classes "blue bird, orange house, sky, mountain, grass, water"
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -135,7 +135,8 @@ def _cloth(rng: np.random.Generator, attribute: str, size: int) -> Image.Image:
 
 
 class _Cutout:
-    """An object being drawn on a square: `body` parts take the cloth, `detail` parts a colour of their own."""
+    """An object being drawn on a square: `body` parts take the cloth or a shade of it, `detail` parts a colour of their
+    own."""
 
     def __init__(self, cloth: Image.Image):
         self.cloth = cloth
@@ -151,12 +152,12 @@ class _Cutout:
         points = self._points(points)
         part = Image.new("L", self.image.size)
         getattr(ImageDraw.Draw(part), method)(points, fill=255)
-        self.image.paste(self.cloth if fill is None else fill, (0, 0, *self.image.size), part)
+        self.image.paste(fill, (0, 0, *self.image.size), part)
         getattr(ImageDraw.Draw(self.image), method)(points, outline=_INK, width=self._line)
         self.mask.paste(255, (0, 0, *self.image.size), part)
 
-    def body(self, method: str, *points) -> None:
-        self._paint(method, points, None)
+    def body(self, method: str, *points, shade: float = 1.0) -> None:
+        self._paint(method, points, self.cloth if shade == 1.0 else self.cloth.point(lambda level: level * shade))
 
     def detail(self, method: str, fill, *points) -> None:
         self._paint(method, points, fill)
@@ -164,7 +165,7 @@ class _Cutout:
 
 def _house(c: _Cutout) -> None:
     c.body("rectangle", (0.08, 0.38), (0.92, 1.0))
-    c.detail("polygon", (134, 84, 66), (0.0, 0.42), (0.5, 0.04), (1.0, 0.42))
+    c.body("polygon", (0.0, 0.42), (0.5, 0.04), (1.0, 0.42), shade=0.7)
     c.detail("rectangle", (98, 66, 48), (0.42, 0.68), (0.6, 1.0))
     c.detail("rectangle", (196, 226, 238), (0.17, 0.52), (0.32, 0.68))
 
@@ -195,12 +196,12 @@ def _boat(c: _Cutout) -> None:
     c.detail("rectangle", (90, 70, 58), (0.47, 0.0), (0.52, 0.74))
     c.body("polygon", (0.54, 0.03), (0.95, 0.64), (0.54, 0.64))
     c.body("polygon", (0.45, 0.12), (0.08, 0.64), (0.45, 0.64))
-    c.detail("polygon", (122, 84, 54), (0.0, 0.72), (1.0, 0.72), (0.82, 0.96), (0.18, 0.96))
+    c.body("polygon", (0.0, 0.72), (1.0, 0.72), (0.82, 0.96), (0.18, 0.96), shade=0.7)
 
 
 def _fish(c: _Cutout) -> None:
-    c.detail("polygon", (70, 176, 156), (0.28, 0.3), (0.46, 0.06), (0.62, 0.34))
-    c.detail("polygon", (70, 176, 156), (0.32, 0.72), (0.5, 0.94), (0.58, 0.7))
+    c.body("polygon", (0.28, 0.3), (0.46, 0.06), (0.62, 0.34), shade=0.7)
+    c.body("polygon", (0.32, 0.72), (0.5, 0.94), (0.58, 0.7), shade=0.7)
     c.body("polygon", (0.68, 0.5), (1.0, 0.26), (0.94, 0.5), (1.0, 0.76))
     c.body("ellipse", (0.0, 0.24), (0.8, 0.78))
     c.detail("ellipse", (250, 250, 250), (0.1, 0.34), (0.28, 0.52))
@@ -213,7 +214,7 @@ def _bird(c: _Cutout) -> None:
     c.detail("polygon", (240, 150, 40), (0.0, 0.4), (0.18, 0.24), (0.18, 0.46))
     c.body("polygon", (0.66, 0.5), (1.0, 0.36), (0.96, 0.66))
     c.body("ellipse", (0.2, 0.36), (0.82, 0.8))
-    c.detail("ellipse", (248, 234, 204), (0.28, 0.58), (0.62, 0.78))
+    c.body("ellipse", (0.28, 0.58), (0.62, 0.78), shade=0.7)
     c.body("ellipse", (0.1, 0.16), (0.44, 0.5))
     c.body("polygon", (0.4, 0.54), (0.78, 0.02), (0.7, 0.56))
     c.detail("ellipse", (20, 20, 20), (0.19, 0.26), (0.27, 0.34))
@@ -334,7 +335,7 @@ def draw_scene(
         seed: Seed, seeds, or generator.
         size: (width, height) in pixels, each at least 32. Shapes follow the size, so a large page shows the same
             kind of scene in more detail.
-        names: Compositions to draw, at most five; empty for a landscape. Default: two or three of `choose_from`.
+        names: Compositions to draw, at most five; empty for a landscape. Default: two of `choose_from`.
         choose_from: Compositions to choose among where `names` is not given; `BASE` for training with masks.
         scale: Smallest and largest side of an object's square, as a share of the page's shorter side.
 
@@ -345,7 +346,7 @@ def draw_scene(
         raise ValueError(f"A scene needs at least 32 x 32 pixels to show anything, got {size[0]} x {size[1]}.")
     rng = np.random.default_rng(seed)
     if names is None:
-        names = [choose_from[i] for i in rng.choice(len(choose_from), min(rng.integers(2, 4), len(choose_from)), False)]
+        names = [choose_from[i] for i in rng.choice(len(choose_from), min(2, len(choose_from)), False)]
     if len(names) > 5:
         raise ValueError(f"A scene has room for five objects, got {len(names)}.")
     unknown = sorted(set(names) - set(COMPOSITIONS))

@@ -64,21 +64,19 @@ class CLIPPhase:
     learning_rate: float
 
 
-CLIP_PHASES = (CLIPPhase(300, 2000, 1700, 1.5e-3), CLIPPhase(200, 700, 0, 7.5e-4))
+CLIP_PHASES = (CLIPPhase(300, 2000, 1700, 1.5e-3), CLIPPhase(200, 400, 0, 7.5e-4))
 
 SAN_LEARNING_RATE = 1e-3
-# CLIP's position embeddings train, too, as in the paper; at the adapter's pace they would lean to base compositions.
-CLIP_POSITIONS_LEARNING_RATE = 2e-5
 # What the attention biases are multiplied with at first. At 1, the recognition tokens of so small a model see but a few
 # patches, from which a colour can be told, but not a shape.
 BIAS_SCALE = 0.1
 SAN: dict[str, Any] = {
     "image_size": book.PAGE_SIZE,
     "patch_size": 8,
-    "hidden_size": 96,
+    "hidden_size": 128,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "intermediate_size": 384,
+    "intermediate_size": 512,
     "num_queries": 16,
     # A CLIP this shallow has mixed things and their surroundings after few layers, so recognition starts early.
     "recognition_layer": 1,
@@ -171,15 +169,14 @@ def _train_clip_phase(clip: CLIPModel, tokenizer: CLIPTokenizer, phase: CLIPPhas
         ]
         texts = tokenizer(captions, padding=True, return_tensors="pt")
 
-        with torch.autocast("cpu", torch.bfloat16):  # embeddings are compared in single precision, below
-            hidden_states = clip.vision_model.embeddings(pixels)
-            if step <= phase.steps_with_few_patches:
-                hidden_states = _drop_patches(rng, hidden_states)
-            hidden_states = clip.vision_model.pre_layrnorm(hidden_states)
-            class_tokens = clip.vision_model.encoder(inputs_embeds=hidden_states).last_hidden_state[:, 0]
-            image_embeds = clip.visual_projection(clip.vision_model.post_layernorm(class_tokens))
-            text_embeds = clip.get_text_features(**texts).pooler_output
-        image_embeds, text_embeds = (F.normalize(embeds.float(), dim=-1) for embeds in (image_embeds, text_embeds))
+        hidden_states = clip.vision_model.embeddings(pixels)
+        if step <= phase.steps_with_few_patches:
+            hidden_states = _drop_patches(rng, hidden_states)
+        hidden_states = clip.vision_model.pre_layrnorm(hidden_states)
+        class_tokens = clip.vision_model.encoder(inputs_embeds=hidden_states).last_hidden_state[:, 0]
+        image_embeds = clip.visual_projection(clip.vision_model.post_layernorm(class_tokens))
+        text_embeds = clip.get_text_features(**texts).pooler_output
+        image_embeds, text_embeds = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
         logits = clip.logit_scale.exp() * image_embeds @ text_embeds.T  # pictures x captions, the wrong ones last
         own = torch.arange(len(chosen))
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, : len(chosen)].T, own)) / 2
@@ -268,6 +265,8 @@ def train_san(
     """
     set_seed(seed)
     model = SANForSemanticSegmentation.from_clip(clip_folder, **SAN | changes)
+    # CLIP learned on grids of this size, so its position embeddings need no training, as the paper's do.
+    model.model.vision_model.requires_grad_(False)
     model.set_vocabulary(list(Pages.classes), **processor(text=list(Pages.classes), return_tensors="pt"))
     if (scaling := model.model.mask_decoder.bias_scaling) is not None:
         torch.nn.init.constant_(scaling.weight, BIAS_SCALE)
@@ -286,8 +285,7 @@ def train_san(
         logging_steps=min(100, steps),
         disable_tqdm=True,
     )
-    groups = parameter_groups(model, clip_learning_rate=CLIP_POSITIONS_LEARNING_RATE)
-    optimizer = torch.optim.AdamW(groups, lr=SAN_LEARNING_RATE)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=SAN_LEARNING_RATE)
     Trainer(model, arguments, train_dataset=Pages(pages, seed), optimizers=(optimizer, None)).train()
     return model.eval()
 
