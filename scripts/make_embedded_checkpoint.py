@@ -1,4 +1,4 @@
-"""Makes the embedded checkpoint, `san_hf/checkpoints/picture-book`, from a seed: an hour to two on two CPU cores.
+"""Makes the embedded checkpoint, `san_hf/checkpoints/picture-book`, from a seed, in an hour on two CPU cores, or an hour and a half on slow ones.
 
 Tokenizer, CLIP and SAN are trained as `san_hf.training.picture_book` says; then SAN is measured on test pages.
 
