@@ -1,6 +1,7 @@
-"""Makes the embedded checkpoint, `san_hf/checkpoints/picture-book`, from a seed, in an hour on two CPU cores, or an hour and a half on slow ones.
+"""Makes the embedded checkpoint, `san_hf/checkpoints/picture-book`, from a seed: an hour on two CPU cores.
 
-Tokenizer, CLIP and SAN are trained as `san_hf.training.picture_book` says; then SAN is measured on test pages.
+On slow ones (without AVX-512) it is an hour and a half. Tokenizer, CLIP and SAN are trained as
+`san_hf.training.picture_book` says; then SAN is measured on test pages.
 
     python scripts/make_embedded_checkpoint.py
 """
