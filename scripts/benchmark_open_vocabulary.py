@@ -47,7 +47,7 @@ TOLERANCE = 5.0  # points of novel mIoU, for what chance does
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clip", type=Path, help="folder of the CLIP; default: train one, which takes half an hour")
+    parser.add_argument("--clip", type=Path, help="folder of the CLIP; default: train one, which takes up to an hour")
     parser.add_argument("--output", type=Path, default=Path("outputs/open-vocabulary.json"), help="file of results")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
