@@ -157,7 +157,7 @@ class _Cutout:
         self.mask.paste(255, (0, 0, *self.image.size), part)
 
     def body(self, method: str, *points, shade: float = 1.0) -> None:
-        self._paint(method, points, self.cloth if shade == 1.0 else self.cloth.point(lambda level: level * shade))
+        self._paint(method, points, self.cloth.point(lambda level: level * shade))
 
     def detail(self, method: str, fill, *points) -> None:
         self._paint(method, points, fill)

@@ -174,9 +174,8 @@ def _train_clip_phase(clip: CLIPModel, tokenizer: CLIPTokenizer, phase: CLIPPhas
             hidden_states = _drop_patches(rng, hidden_states)
         hidden_states = clip.vision_model.pre_layrnorm(hidden_states)
         class_tokens = clip.vision_model.encoder(inputs_embeds=hidden_states).last_hidden_state[:, 0]
-        image_embeds = clip.visual_projection(clip.vision_model.post_layernorm(class_tokens))
-        text_embeds = clip.get_text_features(**texts).pooler_output
-        image_embeds, text_embeds = F.normalize(image_embeds, dim=-1), F.normalize(text_embeds, dim=-1)
+        image_embeds = F.normalize(clip.visual_projection(clip.vision_model.post_layernorm(class_tokens)), dim=-1)
+        text_embeds = F.normalize(clip.get_text_features(**texts).pooler_output, dim=-1)
         logits = clip.logit_scale.exp() * image_embeds @ text_embeds.T  # pictures x captions, the wrong ones last
         own = torch.arange(len(chosen))
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits[:, : len(chosen)].T, own)) / 2
@@ -265,7 +264,7 @@ def train_san(
     """
     set_seed(seed)
     model = SANForSemanticSegmentation.from_clip(clip_folder, **SAN | changes)
-    # CLIP learned on grids of this size, so its position embeddings need no training, as the paper's do.
+    # All of CLIP. Its position embeddings train in the paper; here CLIP sees grids of the size it has learned on.
     model.model.vision_model.requires_grad_(False)
     model.set_vocabulary(list(Pages.classes), **processor(text=list(Pages.classes), return_tensors="pt"))
     if (scaling := model.model.mask_decoder.bias_scaling) is not None:
