@@ -11,7 +11,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "san_hf" / "__init__.py").read_text(), re.MULTILINE).group(1)
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "san_hf" / "version.py").read_text(), re.MULTILINE).group(1)
 
 setup(
     name="san_hf",
@@ -37,6 +37,7 @@ setup(
             "*/README.md",
             "checkpoints/**/*",
             "conversion/*.gz",
+            "training/recipes/*.yaml",
             "conversion/*.json",
             "vocabularies/*.json",
         ],

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 from san_hf.conversion import convert_checkpoint, export_checkpoint
 from san_hf.hub import from_pretrained
+from san_hf.inference.segmenter import Segmentation, Segmenter
 from san_hf.modeling import (
     SANConfig,
     SANForSemanticSegmentation,
@@ -19,11 +20,9 @@ from san_hf.modeling import (
     SANModel,
     SANProcessor,
 )
-from san_hf.segmentation import Segmentation, Segmenter
+from san_hf.version import __version__
 from san_hf.vocabularies import VOCABULARIES, load_vocabulary
 
-
-__version__ = "0.1.0"
 
 AutoConfig.register(SANConfig.model_type, SANConfig)
 AutoModel.register(SANConfig, SANModel)

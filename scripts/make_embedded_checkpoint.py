@@ -1,6 +1,6 @@
 """Makes the embedded checkpoint, `san_hf/checkpoints/picture-book`, from a seed.
 
-Tokenizer, CLIP and SAN are trained as `san_hf.training.picture_book` says; then SAN is measured on test pages. On two
+Tokenizer, CLIP and SAN are trained as `san_hf.picture_book.training` says; then SAN is measured on test pages. On two
 CPU cores without AVX-512 this takes an hour and a half (CLIP 55 minutes, 5,000 steps of SAN 0.37 s each).
 
     python scripts/make_embedded_checkpoint.py
@@ -16,10 +16,10 @@ from pathlib import Path
 from transformers import CLIPModel, CLIPTokenizer
 
 from san_hf.cards import load_facts
-from san_hf.data import picture_book as book
 from san_hf.hub import save_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
-from san_hf.training.picture_book import (
+from san_hf.picture_book import scenes as book
+from san_hf.picture_book.training import (
     CLIP_PHASES,
     CLIPPhase,
     build_processor,

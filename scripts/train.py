@@ -1,9 +1,9 @@
 """Trains a SAN: what `accelerate launch` takes. The same as `san-hf train`.
 
-    accelerate launch scripts/train.py --config scripts/recipes/coco_stuff_vit_b16.yaml
+    accelerate launch scripts/train.py --config san_hf/training/recipes/coco_stuff_vit_b16.yaml
 """
 
-from san_hf.training.command import app
+from san_hf.cli.train import app
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The original's checkpoints: read, converted to a Transformers folder, and written back."""
 
-from .checkpoint import ConversionError, read_original
 from .convert import convert_checkpoint, convert_state_dict, export_checkpoint, export_state_dict
+from .original import ConversionError, read_original
 from .releases import HUB_REPO, RELEASES, Release
 from .tokenizer import clip_tokenizer
 

@@ -14,10 +14,11 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from san_hf.cards import load_facts, render_card
+from san_hf.messages import join_some
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 
-from .checkpoint import ConversionError, name_some, read_original
-from .layout import ATTENTION_MASK, EMPTY_WEIGHT, LOGIT_SCALE, layout
+from .keys import ATTENTION_MASK, EMPTY_WEIGHT, LOGIT_SCALE, layout
+from .original import ConversionError, read_original
 from .releases import HUB_REPO, RELEASES, Release
 from .tokenizer import CLIP_VOCABULARY_SIZE, clip_tokenizer
 
@@ -163,7 +164,7 @@ def _load_complete(folder: str | Path) -> SANForSemanticSegmentation:
     except Exception as error:  # safetensors, torch and transformers each have errors of their own
         raise ConversionError(f"'{folder}' can't be loaded as a SAN: {error}") from error
     if info["missing_keys"]:
-        missing = name_some(sorted(info["missing_keys"]))
+        missing = join_some(sorted(info["missing_keys"]))
         raise ConversionError(f"'{folder}' doesn't hold a complete SAN: its weights lack {missing}.")
     return model
 
@@ -197,7 +198,7 @@ def convert_state_dict(
     original.pop(EMPTY_WEIGHT, None)
     original.pop(ATTENTION_MASK, None)
     problems = [
-        f"{label}: {name_some(keys)}."
+        f"{label}: {join_some(keys)}."
         for label, keys in (
             ("Missing keys", missing),
             ("Unknown keys", list(original)),
@@ -226,7 +227,7 @@ def export_state_dict(state_dict: dict[str, torch.Tensor], config: SANConfig) ->
     if missing or state_dict:
         raise ConversionError(
             "These are not the parameters of a SAN as it was built: "
-            f"{name_some(missing) or 'none'} missing, {name_some(list(state_dict)) or 'none'} left over. "
+            f"{join_some(missing) or 'none'} missing, {join_some(list(state_dict)) or 'none'} left over. "
             "Merge adapters into the weights first (PEFT: merge_and_unload)."
         )
     return original
@@ -241,7 +242,7 @@ def recognize_release(original: dict[str, torch.Tensor]) -> Release:
     patch_embedding = original.get(PATCH_EMBEDDING)
     if patch_embedding is None:
         raise ConversionError(
-            f"This is no checkpoint of the original SAN: it has no {PATCH_EMBEDDING}, but {name_some(list(original))}."
+            f"This is no checkpoint of the original SAN: it has no {PATCH_EMBEDDING}, but {join_some(list(original))}."
         )
     for release in RELEASES.values():
         if tuple(patch_embedding.shape) == release.patch_embedding:

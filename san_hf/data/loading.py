@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
-from san_hf.conversion.checkpoint import name_some
-from san_hf.modeling import SANImageProcessorPil
+from san_hf.images import to_rgb
+from san_hf.messages import join_some
 from san_hf.vocabularies import VOCABULARIES, load_vocabulary
 
 
@@ -234,7 +233,7 @@ def read_class_names(source: str | os.PathLike | Sequence[str]) -> list[str]:
             if set(names) != labels:
                 raise DataError(
                     f"{where} has {len(names)} names, expected them for the labels 0..{len(names) - 1}; not so: "
-                    f"{name_some(sorted(set(names) ^ labels))}."
+                    f"{join_some(sorted(set(names) ^ labels))}."
                 )
             names = [names[str(label)] for label in range(len(names))]
         # Blank lines at the end are no classes; one in between would shift the labels of all that follow.
@@ -249,19 +248,6 @@ def read_class_names(source: str | os.PathLike | Sequence[str]) -> list[str]:
         if names.index(name) != label:
             raise DataError(f"{where} has {name!r} for the labels {names.index(name)} and {label}: expected it once.")
     return names
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """
-    An image of any mode as 8-bit RGB: 16-bit values divided by 257, transparent pixels laid on white.
-
-    Raises:
-        ValueError: pixels out of the mode's range, such as floats beyond 0..255.
-    """
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    pixels = _image_processor().process_image(image, do_convert_rgb=True, do_rescale=True)
-    return Image.fromarray(np.ascontiguousarray(np.moveaxis(pixels, 0, -1)))
 
 
 def to_label_map(labels: Any) -> np.ndarray:
@@ -283,11 +269,6 @@ def to_label_map(labels: Any) -> np.ndarray:
     if not (np.issubdtype(array.dtype, np.integer) or array.dtype == bool):
         raise ValueError(f"got values of the type {array.dtype}, expected integers")
     return array.astype(np.int32)
-
-
-@lru_cache(maxsize=1)
-def _image_processor() -> SANImageProcessorPil:
-    return SANImageProcessorPil()
 
 
 def _decode(value: Any) -> Any:
@@ -468,7 +449,7 @@ def _pair_files(images: Path, labels: Path) -> datasets.Dataset:
         found[folder] = files
     for here, there in ((images, labels), (labels, images)):
         if lonely := [str(path) for stem, path in found[here].items() if stem not in found[there]]:
-            raise DataError(f"No file of the same name in '{there}' for {name_some(lonely)}.")
+            raise DataError(f"No file of the same name in '{there}' for {join_some(lonely)}.")
     if not found[images]:
         raise DataError(f"There is no image in '{images}', expected at least one.")
     columns = {

@@ -31,12 +31,13 @@ from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from PIL import Image, ImageOps
 
-import san_hf
-from san_hf.conversion.checkpoint import name_some
+from san_hf.images import to_rgb
+from san_hf.messages import join_some
+from san_hf.version import __version__
 
 from .benchmarks import BENCHMARKS, Benchmark
 from .layouts import LAYOUTS, UNKNOWN, Source, label_table
-from .loading import METADATA_FILE, DataError, to_rgb
+from .loading import METADATA_FILE, DataError
 
 
 STAGING_FOLDER = ".unfinished"
@@ -178,7 +179,7 @@ def _read_finished(output: Path, benchmark: Benchmark, splits: list[str]) -> dic
         publishing = (output / STAGING_FOLDER / METADATA_FILE).is_file()
         others = sorted(path.name for path in output.iterdir() if path.name != STAGING_FOLDER)
         if others and not publishing:
-            raise DataError(f"'{output}' holds {name_some(others)}: expected a new or an empty folder.") from None
+            raise DataError(f"'{output}' holds {join_some(others)}: expected a new or an empty folder.") from None
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"'{output / METADATA_FILE}' can't be read: {error}. Remove '{output}'.") from error
@@ -208,7 +209,7 @@ def _list_sources(benchmark: Benchmark, folder: Path, split: str, allow_incomple
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} files of {benchmark.title} ({split}) are missing: {name_some(missing, _ERRORS_TO_NAME)}."
+            f"{len(missing)} files of {benchmark.title} ({split}) are missing: {join_some(missing, _ERRORS_TO_NAME)}."
         )
     if not sources or (len(sources) != expected and not allow_incomplete):
         raise DataError(
@@ -319,7 +320,7 @@ def _write_shards(shards: list[Shard], workers: int, progress: Callable[[int, in
             pool.shutdown(cancel_futures=True)
     if problems:
         raise DataError(
-            f"{len(problems)} of the images or their labels are wrong: {name_some(problems, _ERRORS_TO_NAME)}. Get "
+            f"{len(problems)} of the images or their labels are wrong: {join_some(problems, _ERRORS_TO_NAME)}. Get "
             "them again; what is finished is kept."
         )
 
@@ -399,7 +400,7 @@ def _convert(source: Source, name: str, table: np.ndarray) -> tuple[dict[str, An
             raise ValueError(f"is {size[1]} x {size[0]} pixels, its labels {ids.shape[1]} x {ids.shape[0]}")
         labels = table[np.clip(ids, 0, len(table) - 1)]
         if (wrong := labels == UNKNOWN).any():
-            raise ValueError(f"its labels have the values {name_some(np.unique(ids[wrong]).tolist())}")
+            raise ValueError(f"its labels have the values {join_some(np.unique(ids[wrong]).tolist())}")
         smaller = _reduced_size(size, layout.shorter_side)
         if smaller != size or (turned and not layout.upright):
             data = _encode_photograph(reduce_image(np.asarray(to_rgb(upright)), smaller))
@@ -478,7 +479,7 @@ def _describe(
         "license": benchmark.license,
         "terms": benchmark.terms,
         "original_names": {split: name for split, name in benchmark.original_names.items() if split in counts},
-        "prepared_by": f"san_hf {san_hf.__version__}",
+        "prepared_by": f"san_hf {__version__}",
     }
 
 

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from san_hf.data import DataError, SegmentationDataset
-from san_hf.evaluation.inference import PreparedImage, SemanticPredictor
 from san_hf.evaluation.metrics import Results, SegmentationMetrics
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
+from san_hf.inference.predictor import PreparedImage, SemanticPredictor
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.visualization import Comparison, draw_comparisons
 

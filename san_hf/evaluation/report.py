@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import san_hf
 from san_hf.evaluation.metrics import METRICS, Results
 from san_hf.evaluation.published import PUBLISHED_MODELS, SOURCES, obstacles, published_figures
+from san_hf.version import __version__
 
 
 RESULTS_FILE, CLASSES_FILE, TABLE_FILE = "results.json", "per_class.csv", "results.md"
@@ -85,7 +85,7 @@ def write_results(
         settings=dict(settings),
         metrics={name: _plain(value) for name, value in results.metrics.items()},
         per_class=[{name: _plain(value) for name, value in row.items()} for row in results.per_class],
-        versions={package.__name__: package.__version__ for package in (san_hf, torch, transformers)},
+        versions={"san_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

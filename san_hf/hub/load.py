@@ -7,10 +7,10 @@ from pathlib import Path
 from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download
 
-import san_hf
 from san_hf.conversion import HUB_REPO, RELEASES, Release, convert_checkpoint
-from san_hf.conversion.checkpoint import name_some
+from san_hf.messages import join_some
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANProcessor
+from san_hf.version import __version__
 
 
 def resolve(
@@ -85,7 +85,7 @@ def from_pretrained(
     wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
         raise ValueError(
-            f"The weights of '{location}' lack these, or have them in another shape: {name_some(wrong)}. Get the "
+            f"The weights of '{location}' lack these, or have them in another shape: {join_some(wrong)}. Get the "
             "folder again, or load it with SANForSemanticSegmentation.from_pretrained to train what is missing."
         )
     return model, SANProcessor.from_pretrained(location, **where)
@@ -115,7 +115,7 @@ def _converted(release: Release, cache_dir, revision, token, local_files_only) -
     # The cache keeps each commit's files in a folder of the commit's name. Another version of this package may convert
     # differently, and brings other code for the folder.
     root = Path(cache_dir or constants.HF_HOME) / "san_hf"
-    folder = root / f"{checkpoint.parent.name}-{san_hf.__version__}" / release.name
+    folder = root / f"{checkpoint.parent.name}-{__version__}" / release.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     # A conversion appears all at once, so that its presence means that it is complete.
     with FileLock(folder.with_suffix(".lock")):

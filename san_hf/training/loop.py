@@ -32,10 +32,10 @@ from .checkpoint import (
 )
 from .collator import SegmentationCollator
 from .config import ConfigError, TrainingConfig, changes, save_config
+from .model import build_model, set_vocabulary, trains_text
 from .optimization import parameter_groups, polynomial_schedule
-from .start import build_model, set_vocabulary, trains_text
+from .run_log import Clock, RunLog, check_trackers, truncate_log
 from .stream import SampleStream, build_loader
-from .tracking import Clock, RunLog, check_trackers, truncate_log
 
 
 CONFIG_FILE = "config.yaml"

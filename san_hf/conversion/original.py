@@ -1,0 +1,76 @@
+"""Reading a checkpoint in the original's layout, which is a pickle that nobody should trust."""
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from san_hf.messages import join_some
+
+
+class ConversionError(ValueError):
+    """A checkpoint that can't be converted; the message names the file or the keys, and what to do."""
+
+
+def read_original(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict of a checkpoint in the original's layout, on the CPU, in the precision it was stored in.
+
+    Only tensors and plain containers are unpickled (torch's `weights_only`): a file that holds code is refused. The
+    state dict may be at the top level or under `model` or `state_dict`, with training state beside it. Tensors may be
+    views of the file: copy before the file changes.
+
+    Args:
+        path: a `.pth` file, or a `.safetensors` file with the same names in it.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError: no such file.
+        ConversionError: a truncated or damaged file, one that holds code, or one that is no checkpoint.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder: expected a checkpoint file in the original's layout (.pth).")
+    if not path.exists():
+        raise FileNotFoundError(f"There is no checkpoint '{path}'.")
+    content = _load(path)
+    if isinstance(content, Mapping):
+        for nest in ("model", "state_dict"):
+            if isinstance(content.get(nest), Mapping):
+                content = content[nest]
+                break
+    if not isinstance(content, Mapping) or not content:
+        raise ConversionError(f"'{path}' holds {_describe(content)}: expected a state dict of the original SAN.")
+    strangers = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if strangers:
+        raise ConversionError(
+            f"'{path}' is no state dict of the original SAN: {join_some(strangers)} "
+            f"{'is' if len(strangers) == 1 else 'are'} not tensors."
+        )
+    return dict(content)
+
+
+def _load(path: Path):
+    path.open("rb").close()  # a missing permission is an error of its own; below, OSError means a damaged archive
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Files older than torch 1.6 are no zip archives and can't be mapped into memory.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged pickle can fail in any way at all
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise ConversionError(
+                f"'{path}' is refused: beside tensors it holds Python objects ({code[1]}), which could run code when "
+                "loaded. Where you trust it, load it yourself and save its tensors alone: torch.save(state_dict, ...)."
+            ) from error
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConversionError(
+            f"'{path}' can't be read as a checkpoint: it is truncated, damaged, or something else altogether "
+            f"({detail}). Compare its size and checksum with its publisher's, and download it again."
+        ) from error
+
+
+def _describe(content) -> str:
+    return f"an empty {type(content).__name__}" if isinstance(content, Mapping) else f"a {type(content).__name__}"

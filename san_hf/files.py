@@ -1,0 +1,222 @@
+"""Files and folders that appear whole or not at all.
+
+Whatever is written gets a temporary, unpredictable name beside its target, is brought onto the disk, and takes the
+target's name only then. A reader, or a run after a power cut, finds the old contents or the new ones, never a part.
+
+A temporary file is locked while its process lives. What a killed process left behind is therefore told apart from what
+another one is writing, and is removed by the next process that writes to the same folder.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # mypy takes the module's type for the name's
+
+# ".model.safetensors.3f9a1c0b7d2e4a58.partial"; a folder that is being replaced ends in ".replaced".
+_TEMPORARY_NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.(?P<kind>partial|replaced)", re.DOTALL)
+# Where there are no locks, what is older than this was left behind.
+_SECONDS_TO_WRITE = 24 * 3600
+# Folders that this process has cleared of leftovers already.
+_cleared: set[str] = set()
+
+
+def write_file(path: str | os.PathLike, content: str | bytes) -> None:
+    """
+    Writes a file at once: [`new_file`] for contents that are there already.
+
+    Args:
+        path: the file; one that exists is replaced.
+        content: text is written as UTF-8, line ends as they are.
+
+    Raises:
+        OSError: it can't be written. What was there before is unchanged.
+    """
+    with new_file(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """
+    A file to write to that takes the place of `path` when the block ends well, and vanishes otherwise.
+
+    Args:
+        path: the file; one that exists is replaced, a symbolic link is not followed. Its folder must exist.
+
+    Yields:
+        The open file, binary.
+
+    Raises:
+        OSError: it can't be written. What was there before is unchanged.
+    """
+    path = Path(path)
+    temporary, descriptor = _create(path, folder=False)
+    try:
+        with open(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            # Still locked, so that nobody takes it for a leftover.
+            if os.name != "nt":
+                os.replace(temporary, path)
+        if os.name == "nt":  # where an open file can't be renamed
+            os.replace(temporary, path)
+        _sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """
+    A folder to write to that takes the place of `path` when the block ends well, and vanishes otherwise.
+
+    Args:
+        path: the folder; one that exists is replaced as a whole. The folders above it are made if need be.
+
+    Yields:
+        The temporary folder, empty, beside `path`.
+
+    Raises:
+        OSError: it can't be written. What was there before is unchanged.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary, descriptor = _create(path, folder=True)
+    try:
+        yield temporary
+        # Some libraries make files that only their owner can read, whatever the umask.
+        readable = stat.S_IMODE(temporary.stat().st_mode) & 0o666
+        for file in temporary.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                file.chmod(stat.S_IMODE(file.stat().st_mode) | readable)
+            _sync(file)
+        _sync(temporary)
+        replaced = _temporary_name(path, "replaced")
+        if os.path.lexists(path):
+            os.rename(path, replaced)
+        os.rename(temporary, path)
+        _sync(path.parent)
+        _remove(replaced)
+    except BaseException:
+        _remove(temporary)
+        raise
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """
+    Removes from a folder what killed processes were writing there; what others are writing now stays.
+
+    A process that was killed just while it replaced a folder has left the old one under another name: it gets its own
+    name back.
+
+    Args:
+        folder: not searched below; it need not exist.
+    """
+    folder = Path(folder)
+    try:
+        names = [entry.name for entry in os.scandir(folder)]
+    except OSError:
+        return
+    for name in names:
+        match = _TEMPORARY_NAME.fullmatch(name)
+        if match is None:
+            continue
+        leftover, target = folder / name, folder / match["target"]
+        if match["kind"] == "replaced":
+            if os.path.lexists(target):
+                _remove(leftover)
+            else:
+                os.rename(leftover, target)
+        elif _is_abandoned(leftover):
+            _remove(leftover)
+
+
+def _temporary_name(path: Path, kind: str) -> Path:
+    # File systems allow names of 255 bytes; what is added takes 27 of them.
+    target = os.fsdecode(os.fsencode(path.name)[:220])
+    return path.with_name(f".{target}.{secrets.token_hex(8)}.{kind}")
+
+
+def _create(path: Path, folder: bool) -> tuple[Path, int | None]:
+    """A new temporary file, or folder, and its open, locked descriptor; `None` where folders can't be opened."""
+    parent = os.path.realpath(path.parent)
+    if parent not in _cleared:
+        remove_leftovers(parent)
+        _cleared.add(parent)
+    while True:
+        temporary = _temporary_name(path, "partial")
+        descriptor = None
+        if folder:
+            os.mkdir(temporary)
+            if os.name != "nt":
+                descriptor = os.open(temporary, os.O_RDONLY)
+        else:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
+            descriptor = os.open(temporary, flags, 0o666)
+        _try_lock(descriptor)
+        # Another process may have taken it for a leftover before it was locked.
+        if os.path.lexists(temporary):
+            return temporary, descriptor
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _try_lock(descriptor: int | None) -> bool | None:
+    """Whether the lock is ours; None where there are none."""
+    if fcntl is None or descriptor is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # not on every file system
+        return None
+    return True
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        modified = path.lstat().st_mtime
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:  # gone meanwhile, a link, or not ours to read
+        return False
+    try:
+        locked = _try_lock(descriptor)
+        return time.time() - modified > _SECONDS_TO_WRITE if locked is None else locked
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, onto the disk."""
+    if os.name == "nt" or path.is_symlink():  # Windows syncs only what is open for writing, and no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

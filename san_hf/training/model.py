@@ -1,0 +1,72 @@
+"""The model that a training starts from, and its processor."""
+
+import torch
+from transformers import AutoTokenizer
+
+from san_hf.data import SegmentationDataset
+from san_hf.inference.segmenter import load_model
+from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+
+from .config import ConfigError, ModelSection
+
+
+def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANForSemanticSegmentation, SANProcessor]:
+    """
+    Loads or builds what is to be trained, in float32 on the CPU, with the data's classes as its vocabulary.
+
+    Args:
+        section: which model.
+        data: gives class names and the ignore index.
+
+    Raises:
+        ConfigError: the model can't be had or built as the configuration says.
+    """
+    start = section.checkpoint or section.clip
+    fields = {**section.san_config, "freeze_clip": section.freeze_clip}
+    try:
+        if section.checkpoint is not None:
+            model, processor = load_model(start, torch.float32, revision=section.revision, **fields)
+            # Transformers changes the fields of a saved configuration only after that was validated.
+            model.config.validate()
+        else:
+            revision = {"revision": section.revision}
+            model = SANForSemanticSegmentation.from_clip(start, dtype=torch.float32, **revision, **fields)
+            tokenizer = AutoTokenizer.from_pretrained(start, **revision)
+            processor = SANProcessor(SANImageProcessor(size=_size(model.config.image_size)), tokenizer)
+        if section.prompt_templates is not None:
+            processor = SANProcessor(processor.image_processor, processor.tokenizer, section.prompt_templates)
+    # Sizes that don't fit, or files that are broken, make torch and transformers fail in ways of their own.
+    except Exception as error:
+        key = "model.checkpoint" if section.checkpoint is not None else "model.clip"
+        changed = f" with model.san_config={section.san_config}" if section.san_config else ""
+        problem = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{key}={start}{changed} can't be used: {problem}") from error
+
+    if section.image_size is not None:
+        processor.image_processor.size = _size(section.image_size)
+    processor.image_processor.ignore_index = data.ignore_index
+    model.config.semantic_loss_ignore_index = data.ignore_index
+    if section.freeze_text:
+        for part in (model.text_model, model.text_projection):
+            part.requires_grad_(False)
+        model.logit_scale.requires_grad_(False)
+    set_vocabulary(model, processor, data.class_names)
+    return model, processor
+
+
+def set_vocabulary(model: SANForSemanticSegmentation, processor: SANProcessor, class_names: list[str]) -> None:
+    """Has the model carry these classes."""
+    try:
+        model.set_vocabulary(class_names, **processor(text=class_names, return_tensors="pt"))
+    except ValueError as error:
+        raise ConfigError(f"The class names can't be used: {error}") from error
+
+
+def trains_text(model: SANForSemanticSegmentation) -> bool:
+    """Whether the classes have to be encoded anew in every step."""
+    return any(parameter.requires_grad for parameter in model.text_model.parameters())
+
+
+def _size(shortest_edge: int) -> dict[str, int]:
+    """As the paper: the longest edge up to four times the shortest."""
+    return {"shortest_edge": shortest_edge, "longest_edge": 4 * shortest_edge}

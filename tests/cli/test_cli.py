@@ -1,0 +1,547 @@
+"""`san-hf`, from arguments to files, with a tiny model of random weights."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
+from typer.testing import CliRunner
+
+from san_hf.cli import app
+from san_hf.inference.segmenter import EXPANSIONS, Segmenter
+from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+from san_hf.visualization import OTHER_COLOR, class_colors
+from san_hf.vocabularies import load_vocabulary
+from tests.tiny import tiny_config, tiny_tokenizer
+
+
+ROOT = Path(__file__).parents[2]
+CLASSES = ["cat", "grass", "sky"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A saved model and processor: random weights that give more than one label to the picture below."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    model = SANForSemanticSegmentation(tiny_config(recognition_token="learned", num_queries=20))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
+        model.logit_scale.fill_(4.6)
+        # Each query recognises something else. Where masks are nothing but 0 and 1, classes would tie.
+        model.model.mask_decoder.pixel_mlp.layers[-1].weight.mul_(0.03)
+        model.model.recognition_tokens.mul_(80)
+    model.save_pretrained(folder)
+    image_processor = SANImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
+    SANProcessor(image_processor=image_processor, tokenizer=tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    """96 x 64, and not alike when turned or mirrored."""
+    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((96, 64), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def run(model_folder, tmp_path, monkeypatch):
+    """Runs `san-hf segment` in a new folder: `run("a.png", classes=...)`; without a stack trace, whatever happens."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, classes="cat, grass, sky", model=model_folder, status=0):
+        options = ["--model", str(model)] + (["--classes", classes] if classes is not None else [])
+        result = CliRunner().invoke(app, ["segment", *map(str, arguments), *options], env={"COLUMNS": "200"})
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == status, result.output
+        assert "Traceback" not in result.output
+        return result
+
+    return run
+
+
+def labels_of(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_labels_are_the_models(run, photo, model_folder):
+    """Catches preprocessing, text or post-processing of the command that differ from the library's."""
+    photo.save("photo.png")
+    run("photo.png", "--format", "png-labels", "--templates", "imagenet")
+    processor = SANProcessor.from_pretrained(model_folder)
+    model = SANForSemanticSegmentation.from_pretrained(model_folder).eval()
+    with torch.inference_mode():
+        outputs = model(**processor(images=photo, text=CLASSES, prompt_templates="imagenet"))
+    (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(64, 96)])
+    labels = labels_of("outputs/photo.labels.png")
+    assert len(np.unique(labels)) > 1
+    np.testing.assert_array_equal(labels, expected.numpy())
+
+
+def test_json_and_class_order(run, photo):
+    """Catches class indices that depend on anything but the caller's order, and shares that aren't those of the map."""
+    photo.save("photo.png")
+    for folder, classes in (("there", "cat, grass, sky"), ("back", "sky, grass, cat")):
+        run("photo.png", "-f", "json", "-f", "png-labels", "-o", folder, classes=classes)
+    there, back = (json.loads(Path(folder, "photo.json").read_text()) for folder in ("there", "back"))
+    assert [entry["name"] for entry in there["classes"]] == CLASSES
+    assert [entry["name"] for entry in back["classes"]] == CLASSES[::-1]
+    assert (there["width"], there["height"], there["image"]) == (96, 64, "photo.png")
+    labels = labels_of("there/photo.labels.png")
+    np.testing.assert_array_equal(labels, 2 - labels_of("back/photo.labels.png"))
+    for entry in there["classes"]:
+        assert entry["pixels"] == (labels == entry["label"]).sum()
+        assert entry["share"] == pytest.approx(entry["pixels"] / (96 * 64))
+        assert entry["color"] == "#{:02x}{:02x}{:02x}".format(*class_colors(3)[entry["label"]])
+
+
+def test_overlay_mask_and_legend(run, photo):
+    """Catches formats that are mixed up, and a legend on screen that isn't the map's."""
+    photo.save("photo.png")
+    result = run("photo.png", "-f", "overlay", "-f", "mask", "-f", "png-labels")
+    labels = labels_of("outputs/photo.labels.png")
+    np.testing.assert_array_equal(np.asarray(Image.open("outputs/photo.mask.png")), class_colors(3)[labels])
+    overlay = Image.open("outputs/photo.overlay.png")
+    assert overlay.width == 7 * 96 and overlay.height > 7 * 64
+    for name, count in zip(CLASSES, np.bincount(labels.ravel(), minlength=3)):
+        expected = f"{count / labels.size:.1%}" if count else "Not found"
+        assert any(name in line and expected in line for line in result.output.splitlines()), result.output
+    assert sorted(os.listdir("outputs")) == [
+        f"photo.{end}" for end in ("json", "labels.png", "mask.png", "overlay.png")
+    ]
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_exif_orientation(run, photo, orientation):
+    """Catches label maps that lie on their side."""
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo.save("upright.png")
+    photo.transpose(undo[orientation]).save("turned.png", exif=exif)
+    run("upright.png", "turned.png", "-f", "png-labels")
+    np.testing.assert_array_equal(labels_of("outputs/turned.labels.png"), labels_of("outputs/upright.labels.png"))
+
+
+def test_kinds_of_pixels(run, photo):
+    """Catches 16-bit pixels cut off at 255, palette indices taken for colours, and colours hidden by transparency."""
+    grey = np.asarray(photo.convert("L"))
+    rgb = np.asarray(photo).copy()
+    alpha = np.full((64, 96), 255, np.uint8)
+    alpha[:, :48] = 0
+    on_white = rgb.copy()
+    on_white[:, :48] = 255
+    palette = photo.quantize(16)
+    twins = {
+        "16bit": (Image.fromarray(grey.astype(np.uint16) * 257), Image.fromarray(grey)),
+        "palette": (palette, palette.convert("RGB")),
+        "rgba": (Image.fromarray(np.dstack([rgb, alpha])), Image.fromarray(on_white)),
+        "bilevel": (photo.convert("1"), photo.convert("1").convert("RGB")),
+        "grey": (photo.convert("L"), Image.fromarray(np.dstack([grey] * 3))),
+    }
+    for name, (odd, plain) in twins.items():
+        odd.save(f"{name}.png")
+        plain.save(f"{name}-plain.png")
+    photo.convert("CMYK").save("cmyk.tif")
+    photo.convert("CMYK").convert("RGB").save("cmyk-plain.png")
+    run(*sorted(os.listdir()), "-f", "png-labels")
+    seen = set()
+    for name in [*twins, "cmyk"]:
+        labels = labels_of(f"outputs/{name}.labels.png")
+        seen |= set(np.unique(labels))
+        np.testing.assert_array_equal(labels, labels_of(f"outputs/{name}-plain.labels.png"), err_msg=name)
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1)])
+def test_odd_sizes(run, size):
+    """Catches sides that are rounded to nothing."""
+    Image.new("RGB", size, (200, 30, 30)).save("odd.png")
+    run("odd.png", "-f", "png-labels", "-f", "overlay")
+    assert labels_of("outputs/odd.labels.png").shape == size[::-1]
+
+
+def broken_files(photo) -> dict[str, str]:
+    """Writes files that are no images; name -> what the message must say."""
+    photo.save("whole.jpg")
+    Path("truncated.jpg").write_bytes(Path("whole.jpg").read_bytes()[:700])
+    photo.save("whole.png")
+    Path("truncated.png").write_bytes(Path("whole.png").read_bytes()[:-3000])
+    Path("empty.jpg").write_bytes(b"")
+    Path("text.jpg").write_text("not a picture")
+    Path("html.png").write_text("<html>not found</html>")
+    Image.fromarray(np.full((8, 8), 1e6, np.float32)).save("floats.tif")
+    Path("folder.png").mkdir()
+    os.remove("whole.jpg")
+    os.remove("whole.png")
+    return {
+        "truncated.jpg": "truncated",
+        "truncated.png": "truncated",
+        "empty.jpg": "empty",
+        "text.jpg": "not an image",
+        "html.png": "not an image",
+        "floats.tif": "expected 0..255",
+        "missing.jpg": "no such file",
+        "x" * 300 + ".jpg": "no such file",
+    }
+
+
+def test_bad_images_among_good_ones(run, photo):
+    """Catches a run that stops at the first bad image, loses results, or hides that some are missing."""
+    problems = broken_files(photo)
+    photo.save("a.png")
+    photo.save("z.png")
+    result = run("a.png", *problems, "z.png", "-f", "json", status=1)
+    assert sorted(os.listdir("outputs")) == ["a.json", "z.json"]
+    for name, reason in problems.items():
+        (line,) = [line for line in result.output.splitlines() if line.startswith(f"Error: {name}:")]
+        assert reason in line
+    assert f"{len(problems)} of {len(problems) + 2} images" in result.output
+
+
+def test_only_bad_images(run, photo):
+    """Catches a status that says something was done."""
+    run(*broken_files(photo), status=2)
+    assert os.listdir("outputs") == []
+
+
+@pytest.mark.parametrize("limit", [4000, 2000])
+def test_decompression_bombs(run, photo, monkeypatch, limit):
+    """Catches memory filled by a small file: Pillow only warns up to twice its limit."""
+    photo.save("bomb.png")  # 6,144 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert f"more than {limit:,} pixels" in run("bomb.png", status=2).output
+
+
+def test_folders_patterns_and_names(run, photo):
+    """Catches images left out or done twice, and two inputs of the same name of which one overwrites the other."""
+    for name in ("in/a.png", "in/a.JPG", "in/sub/a.png", "in/sub/b.bmp", "in/.hidden.png", "other/a.png", "odd[1].png"):
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        photo.save(name)
+    Path("in/notes.txt").write_text("not to be looked at")
+    run("in", "in/a.png", "other/*.png", "odd[1].png", "-f", "json")
+    written = {
+        str(path.relative_to("outputs")): json.loads(path.read_text())["image"] for path in Path("outputs").rglob("*.*")
+    }
+    assert written == {
+        "a.json": "in/a.JPG",
+        "a-2.json": "in/a.png",
+        "sub/a.json": "in/sub/a.png",
+        "sub/b.json": "in/sub/b.bmp",
+        "a-3.json": "other/a.png",
+        "odd[1].json": "odd[1].png",
+    }
+
+
+def test_a_folder_that_holds_the_output(run, photo):
+    """Catches a second run that segments the pictures of the first."""
+    photo.save("photo.png")
+    run(".", "-f", "mask")
+    run(".", "-f", "mask", "--overwrite")
+    assert os.listdir("outputs") == ["photo.mask.png"]
+
+
+def test_long_names(run, photo):
+    """Catches an image that is lost because its name leaves no room for an ending."""
+    for letter in "ab":
+        photo.save("n" * 245 + letter + ".png")
+    run(".", "-f", "png-labels")
+    assert len(list(Path("outputs").glob("*.labels.png"))) == 2
+
+
+def test_any_name(photo, model_folder, tmp_path):
+    """Catches names of files or classes that end the run because a terminal can't show them."""
+    names = [b"-dash.png", b"n\xff.png", b"line\nbreak.png", "\N{CAT} [red]x[bold].png".encode()]
+    for name in names:
+        photo.save(tmp_path / "x.png")
+        os.rename(tmp_path / "x.png", os.fsencode(tmp_path) + b"/" + name)
+    command = [sys.executable, "-m", "san_hf.cli", "segment", ".", "--model", model_folder, "-f", "json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    command += ["--classes", "\N{CAT}, {}, [bold]"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert sorted(os.listdir(os.fsencode(tmp_path / "outputs"))) == sorted(name[:-3] + b"json" for name in names)
+    classes = json.loads((tmp_path / "outputs" / "-dash.json").read_text(encoding="utf-8"))["classes"]
+    assert [entry["name"] for entry in classes] == ["\N{CAT}", "{}", "[bold]"]
+    assert b"[red]x[bold].png -> " in done.stdout
+
+
+@pytest.mark.parametrize("pattern", ["nothing*.png", "void"])
+def test_nothing_to_do(run, pattern):
+    """Catches a success that did nothing."""
+    Path("void").mkdir()
+    assert pattern in run(pattern, status=2).output
+
+
+def test_results_are_not_overwritten(run, photo):
+    """Catches results of an earlier run, or the input itself, that are lost without a word."""
+    photo.save("photo.png")
+    run("photo.png", "-f", "json")
+    Path("outputs/photo.json").write_text("precious")
+    assert "--overwrite" in run("photo.png", "-f", "json", status=2).output
+    assert Path("outputs/photo.json").read_text() == "precious"
+    run("photo.png", "-f", "json", "--overwrite")
+    assert json.loads(Path("outputs/photo.json").read_text())["width"] == 96
+
+    photo.save("outputs/x.mask.png")
+    photo.save("x.png")
+    before = Path("outputs/x.mask.png").read_bytes()
+    run("x.png", "outputs/x.mask.png", "-f", "mask", "--overwrite", status=2)
+    assert Path("outputs/x.mask.png").read_bytes() == before
+
+
+def test_output_that_is_no_folder(run, photo):
+    """Catches a stack trace, and minutes of work before it turns out that nothing can be written."""
+    photo.save("photo.png")
+    assert "Can't write to the folder" in run("photo.png", "-o", "photo.png", status=2).output
+    assert "Can't write to the folder" in run("photo.png", "-o", "photo.png/below", status=2).output
+
+
+@pytest.fixture(scope="module")
+def broken_models(model_folder, tmp_path_factory):
+    """A folder of model folders that each lack something."""
+    folder = tmp_path_factory.mktemp("broken")
+    for name in ("weightless", "truncated", "incomplete", "misshapen", "textless", "imageless", "garbled"):
+        shutil.copytree(model_folder, folder / name)
+    weights = (model_folder / "model.safetensors").read_bytes()
+    (folder / "weightless" / "model.safetensors").unlink()
+    (folder / "truncated" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    tensors = load_file(model_folder / "model.safetensors")
+    no_object_embed = tensors.pop("no_object_embed")
+    save_file(tensors, folder / "incomplete" / "model.safetensors", metadata={"format": "pt"})
+    tensors["no_object_embed"] = no_object_embed[:, :7].contiguous()
+    save_file(tensors, folder / "misshapen" / "model.safetensors", metadata={"format": "pt"})
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "textless" / name).unlink()
+    (folder / "imageless" / "processor_config.json").unlink()
+    (folder / "garbled" / "config.json").write_text("{")
+    CLIPModel(tiny_config().clip_config).save_pretrained(folder / "clip")
+    (folder / "empty").mkdir()
+    (folder / "san.pth").write_bytes(weights)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("missing/folder", "no folder here"),
+        ("no-such-alias", "san-vit-b-16"),
+        ("empty", "config.json"),
+        ("weightless", "model.safetensors"),
+        ("truncated", "not fully covered"),
+        ("incomplete", "no_object_embed"),
+        ("misshapen", "no_object_embed"),
+        ("textless", "tokenizer"),
+        ("imageless", "image processor"),
+        ("garbled", "JSON"),
+        ("clip", "'clip'"),
+        ("san.pth", "san-hf convert"),
+    ],
+)
+def test_models_that_are_none(run, photo, broken_models, model, message):
+    """Catches a stack trace, and an answer by random weights where a checkpoint is another's or incomplete."""
+    photo.save("photo.png")
+    path = broken_models / model
+    output = run("photo.png", model=path if path.exists() else model, status=2).output
+    assert model in output and message in output
+    assert len(output) < 2000
+    assert not Path("outputs/photo.overlay.png").exists()
+
+
+def test_class_names(run, photo):
+    """Catches names split at the wrong place, and a file's byte order mark or blank lines taken for names."""
+    photo.save("photo.png")
+    Path("more.txt").write_text("\ufeffhot dog, bun\n\n  big  cat \n", encoding="utf-8")
+    run("photo.png", "-f", "json", "--classes", "sky", "--classes-file", "more.txt", classes=' "light, red" ,grass,')
+    names = [entry["name"] for entry in json.loads(Path("outputs/photo.json").read_text())["classes"]]
+    assert names == ["sky", "light, red", "grass", "hot dog, bun", "big  cat"]
+
+
+@pytest.mark.parametrize(
+    "arguments, classes, message",
+    [
+        ([], "", "at least one"),
+        ([], " , ,", "at least one"),
+        ([], "cat, sky, cat", "cat"),
+        ([], 'cat, "sky', "double quotes"),
+        ([], os.fsdecode(b"cat, sk\xff"), "UTF-8"),
+        ([], None, "no class names of its own"),
+        (["--classes-file", "missing.txt"], None, "missing.txt"),
+        (["--classes-file", "photo.png"], None, "photo.png"),
+        (["--device", "cuda:77"], "cat", "cuda:77"),
+        (["--device", "toaster"], "cat", "toaster"),
+        (["--dtype", "int3"], "cat", "int3"),
+        (["--format", "gif"], "cat", "gif"),
+        (["--expand", "everything"], "cat", "everything"),
+    ],
+)
+def test_bad_options(run, photo, arguments, classes, message):
+    """Catches a stack trace, and a run with something else than what was asked for."""
+    photo.save("photo.png")
+    assert message in run("photo.png", *arguments, classes=classes, status=2).output
+    assert not Path("outputs/photo.overlay.png").exists()
+
+
+def test_expansion(run, photo):
+    """Catches labels beyond "other", an "other" that isn't grey, and expansion that does nothing."""
+    photo.save("photo.png")
+    run("photo.png", "-f", "mask", "-f", "png-labels", "--expand", "coco", classes="blob, stain")
+    classes = json.loads(Path("outputs/photo.json").read_text())["classes"]
+    assert [entry["name"] for entry in classes] == ["blob", "stain", "other"]
+    assert classes[-1]["color"] == "#{:02x}{:02x}{:02x}".format(*OTHER_COLOR) and classes[-1]["pixels"] > 0
+    labels = labels_of("outputs/photo.labels.png")
+    assert (np.asarray(Image.open("outputs/photo.mask.png"))[labels == 2] == OTHER_COLOR).all()
+
+
+@pytest.mark.parametrize("by, size", [("coco", 171), ("coco-stuff", 91)])
+def test_expanded_vocabularies(by, size, photo, model_folder, monkeypatch):
+    """Catches the wrong list of names, and names that are there twice."""
+    names = load_vocabulary(EXPANSIONS[by])
+    assert len(names) == size
+    classes = []
+    get_class_embeds = SANForSemanticSegmentation.get_class_embeds
+    monkeypatch.setattr(
+        SANForSemanticSegmentation,
+        "get_class_embeds",
+        lambda self, input_ids, *args, **kwargs: (
+            classes.append(len(input_ids)) or get_class_embeds(self, input_ids, *args, **kwargs)
+        ),
+    )
+    Segmenter.from_pretrained(model_folder, [names[5].upper(), "unicorn", names[0]], expand=by)
+    assert classes == [size + 1]
+    with pytest.raises(ValueError, match="coco-stuff"):
+        Segmenter.from_pretrained(model_folder, CLASSES, expand="cocoa")
+
+
+def test_many_classes(run, photo):
+    """Catches labels beyond 8 bits that wrap around."""
+    photo.save("photo.png")
+    Path("classes.txt").write_text("\n".join(f"thing {i}" for i in range(300)))
+    run("photo.png", "-f", "png-labels", "--classes-file", "classes.txt", classes=None)
+    picture = Image.open("outputs/photo.labels.png")
+    assert picture.mode == "I;16"
+    pixels = [entry["pixels"] for entry in json.loads(Path("outputs/photo.json").read_text())["classes"]]
+    np.testing.assert_array_equal(np.bincount(np.asarray(picture).ravel(), minlength=300), pixels)
+
+
+def test_a_model_with_a_vocabulary(run, photo, model_folder, tmp_path):
+    """Catches that the names a model carries are asked for again, or that they get other labels."""
+    processor = SANProcessor.from_pretrained(model_folder)
+    model = SANForSemanticSegmentation.from_pretrained(model_folder)
+    model.set_vocabulary(CLASSES, **processor(text=CLASSES))
+    model.save_pretrained(tmp_path / "named")
+    processor.save_pretrained(tmp_path / "named")
+    photo.save("photo.png")
+    run("photo.png", "-f", "png-labels", "-o", "own", model=tmp_path / "named", classes=None)
+    run("photo.png", "-f", "png-labels", "-o", "given")
+    own, given = (json.loads(Path(folder, "photo.json").read_text()) for folder in ("own", "given"))
+    assert own["classes"] == given["classes"]
+    np.testing.assert_array_equal(labels_of("own/photo.labels.png"), labels_of("given/photo.labels.png"))
+
+
+def test_text_is_encoded_once(run, photo, monkeypatch):
+    """Catches the text tower run again for each image."""
+    calls = []
+    get_class_embeds = SANForSemanticSegmentation.get_class_embeds
+    monkeypatch.setattr(
+        SANForSemanticSegmentation,
+        "get_class_embeds",
+        lambda self, *args, **kwargs: calls.append(1) or get_class_embeds(self, *args, **kwargs),
+    )
+    for i in range(3):
+        photo.save(f"{i}.png")
+    run(".")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(run, photo, model_folder, dtype):
+    """Catches inputs or text features left in float32, and a --dtype that is not heeded."""
+    photo.save("photo.png")
+    run("photo.png", "-f", "png-labels", "--dtype", dtype)
+    processor = SANProcessor.from_pretrained(model_folder)
+    model = SANForSemanticSegmentation.from_pretrained(model_folder, dtype=getattr(torch, dtype)).eval()
+    inputs = processor(images=photo, text=CLASSES)
+    with torch.inference_mode():
+        outputs = model(**{**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)})
+    (expected,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(64, 96)])
+    np.testing.assert_array_equal(labels_of("outputs/photo.labels.png"), expected.numpy())
+
+
+def test_library_use(photo, model_folder):
+    """Catches a function that works from the command line only: PIL images in, arrays out."""
+    segmentation = Segmenter.from_pretrained(model_folder, CLASSES)(photo)
+    assert segmentation.label_map.shape == (64, 96) and segmentation.label_map.dtype == np.uint8
+    assert sum(entry["share"] for entry in segmentation.legend()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="gif"):
+        segmentation.save("x", ["gif"])
+
+
+def test_an_interrupted_write_leaves_nothing(photo, model_folder, tmp_path, monkeypatch):
+    """Catches half a file under its final name, or left behind under another."""
+    segmentation = Segmenter.from_pretrained(model_folder, CLASSES)(photo)
+
+    def fail(self, path, **kwargs):
+        Path(path).write_bytes(b"half a pict")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        segmentation.save(tmp_path / "photo", ["mask"])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["segment", "convert", "export"])
+def test_help(command):
+    """Catches a command without words for a newcomer, or an option without a description."""
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0 and "For example: san-hf " in result.output
+    assert "Error" not in result.output
+
+
+def test_version():
+    """Catches a version stated twice."""
+    import san_hf
+
+    assert CliRunner().invoke(app, ["--version"]).output.strip() == f"san-hf {san_hf.__version__}"
+    assert CliRunner().invoke(app, ["export", "a", "b", "--what"]).exit_code == 2
+
+
+def test_convert_and_export_report_errors(tmp_path, model_folder):
+    """Catches stack traces of the two other commands."""
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    for arguments in (
+        ["convert", tmp_path / "missing.pth", tmp_path / "out"],
+        ["convert", tmp_path / "text.pth", tmp_path / "out"],
+        ["export", tmp_path / "missing", tmp_path / "out.pth"],
+        ["export", model_folder, model_folder],
+    ):
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == 2 and result.output.startswith("Error: "), result.output
+        assert not (tmp_path / "out").exists()
+
+
+def test_export_and_convert_back(tmp_path, model_folder):
+    """Catches options that don't reach the library."""
+    assert CliRunner().invoke(app, ["export", str(model_folder), str(tmp_path / "san.pth")]).exit_code == 0
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "san.pth"), str(tmp_path / "san")])
+    assert result.exit_code == 2 and "Unknown sizes" in result.output
