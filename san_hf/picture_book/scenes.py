@@ -447,9 +447,7 @@ TEST_SEED = 20230612  # never used for training; draw_scene(seed=[TEST_SEED, i])
 VALIDATION_SEED = 20231109  # likewise, of pages to choose among models by, so that the test set stays unseen
 
 
-def measure(
-    segment: Callable[[Image.Image], np.ndarray], pages: int = 150, seed: int = TEST_SEED
-) -> dict[str, float]:
+def measure(segment: Callable[[Image.Image], np.ndarray], pages: int = 150, seed: int = TEST_SEED) -> dict[str, float]:
     """Measures a segmenter on the first pages of the test set, base and novel compositions mixed.
 
     All of `CLASS_NAMES` compete at every pixel. The mean runs over the classes that occur on those pages.

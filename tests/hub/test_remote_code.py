@@ -16,7 +16,7 @@ from tests.tiny import randomized, tiny_config, tiny_tokenizer
 
 CLASSES = ["sky", "grass", "a cat"]
 # Runs in another process, which can't import the package: as on a machine without it.
-ELSEWHERE = '''
+ELSEWHERE = """
 import sys
 
 class Absent:
@@ -67,7 +67,7 @@ save_file({
     "labels": labels,
     "class_queries_logits.once_more": logits_once_more,
 }, output_file)
-'''
+"""
 
 
 @pytest.fixture

@@ -285,9 +285,7 @@ def test_every_key_counts(golden):
 @pytest.mark.parametrize("share", [0.0, 0.00001, 0.5, 0.9999])
 def test_truncated_file(b16, tmp_path, share, legacy):
     """Catches half a download that is converted, or that ends in an error which doesn't name the file."""
-    source = write(
-        tmp_path / "cut.pth", {"model": b16.original_state_dict}, _use_new_zipfile_serialization=not legacy
-    )
+    source = write(tmp_path / "cut.pth", {"model": b16.original_state_dict}, _use_new_zipfile_serialization=not legacy)
     content = source.read_bytes()
     source.write_bytes(content[: int(share * len(content))])
     refuse(tmp_path, source, b16.config(), "cut.pth' can't be read as a checkpoint: it is truncated")

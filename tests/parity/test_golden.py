@@ -119,9 +119,7 @@ def test_batch_of_two_sizes(golden, model, processor):
     with torch.no_grad():
         outputs = model(**inputs)
     sizes = [(2 * image.shape[1], image.shape[2] + 17) for image in images]
-    results = processor.post_process_semantic_segmentation(
-        outputs, target_sizes=sizes, return_segmentation_scores=True
-    )
+    results = processor.post_process_semantic_segmentation(outputs, target_sizes=sizes, return_segmentation_scores=True)
     differences = [
         relative_difference(result.segmentation_scores, golden.io[f"batch.sem_seg.{i}"])
         for i, result in enumerate(results)
@@ -144,9 +142,7 @@ def train_step(golden, model, processor, monkeypatch):
     outputs = model.train()(**inputs.to(model.device), labels=golden.io["train.labels"].long().to(model.device))
     outputs.loss.backward()
     losses = {name: loss.item() for name, loss in outputs.loss_dict.items()} | {"total": outputs.loss.item()}
-    gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.cpu() for name, p in model.named_parameters()
-    }
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.cpu() for name, p in model.named_parameters()}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     frozen_names = {name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None}
     assert not frozen_names, "frozen parameters got gradients"

@@ -44,9 +44,7 @@ def test_variant_agrees_with_the_masked_one_sequence_formulation(variant, attn_i
     input_ids = torch.randint(0, 512, (4, 3, 9))
     input_ids[..., 0], input_ids[..., -1] = 512, 513
     with torch.no_grad():
-        outputs = model(
-            pixel_values, input_ids=input_ids, output_auxiliary_logits=True, output_clip_feature_maps=True
-        )
+        outputs = model(pixel_values, input_ids=input_ids, output_auxiliary_logits=True, output_clip_feature_maps=True)
         original = {key: tensor.float() for key, tensor in export_state_dict(model.state_dict(), config).items()}
         expected = oracle.run(original, config, pixel_values, input_ids.transpose(0, 1))
 
@@ -60,9 +58,7 @@ def test_variant_agrees_with_the_masked_one_sequence_formulation(variant, attn_i
     for i, (got, wanted) in enumerate(zip(outputs.clip_feature_maps, expected["clip_maps"], strict=True)):
         differences[f"clip_map_{i}"] = relative_difference(got, wanted)
     for i, layer in enumerate(layers):
-        differences[f"mask_logits_{i}"] = relative_difference(
-            layer["masks_queries_logits"], expected["mask_logits"][i]
-        )
+        differences[f"mask_logits_{i}"] = relative_difference(layer["masks_queries_logits"], expected["mask_logits"][i])
         differences[f"class_logits_{i}"] = relative_difference(
             layer["class_queries_logits"], expected["class_logits"][i]
         )
