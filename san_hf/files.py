@@ -22,7 +22,7 @@ from typing import BinaryIO
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # mypy takes the module's type for the name's
+    fcntl = None  # type: ignore[assignment]  # for mypy the name is the module's alone
 
 # ".model.safetensors.3f9a1c0b7d2e4a58.partial"; a folder that is being replaced ends in ".replaced".
 _TEMPORARY_NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.(?P<kind>partial|replaced)", re.DOTALL)
@@ -62,9 +62,9 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         OSError: it can't be written. What was there before is unchanged.
     """
     path = Path(path)
-    temporary, descriptor = _create(path, folder=False)
+    temporary, descriptor = _create_file(path)
     try:
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -95,7 +95,7 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, descriptor = _create(path, folder=True)
+    temporary, descriptor = _create_folder(path)
     try:
         yield temporary
         # Some libraries make files that only their owner can read, whatever the umask.
@@ -154,33 +154,48 @@ def _temporary_name(path: Path, kind: str) -> Path:
     return path.with_name(f".{target}.{secrets.token_hex(8)}.{kind}")
 
 
-def _create(path: Path, folder: bool) -> tuple[Path, int | None]:
-    """A new temporary file, or folder, and its open, locked descriptor; `None` where folders can't be opened."""
-    parent = os.path.realpath(path.parent)
-    if parent not in _cleared:
-        remove_leftovers(parent)
-        _cleared.add(parent)
+def _create_file(path: Path) -> tuple[Path, int]:
+    """A new temporary file beside `path`, and its open, locked descriptor."""
+    _clear_once(path.parent)
     while True:
         temporary = _temporary_name(path, "partial")
-        descriptor = None
-        if folder:
-            os.mkdir(temporary)
-            if os.name != "nt":
-                descriptor = os.open(temporary, os.O_RDONLY)
-        else:
-            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
-            descriptor = os.open(temporary, flags, 0o666)
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
         _try_lock(descriptor)
         # Another process may have taken it for a leftover before it was locked.
         if os.path.lexists(temporary):
             return temporary, descriptor
-        if descriptor is not None:
-            os.close(descriptor)
+        os.close(descriptor)
 
 
-def _try_lock(descriptor: int | None) -> bool | None:
+def _create_folder(path: Path) -> tuple[Path, int | None]:
+    """A new temporary folder beside `path`, and its open, locked descriptor; `None` where folders can't be opened."""
+    _clear_once(path.parent)
+    while True:
+        temporary = _temporary_name(path, "partial")
+        os.mkdir(temporary)
+        if os.name == "nt":
+            return temporary, None
+        try:
+            descriptor = os.open(temporary, os.O_RDONLY)
+        except FileNotFoundError:  # another process has taken it for a leftover
+            continue
+        _try_lock(descriptor)
+        if os.path.lexists(temporary):
+            return temporary, descriptor
+        os.close(descriptor)
+
+
+def _clear_once(folder: Path) -> None:
+    """Removes leftovers when this process writes to a folder for the first time."""
+    name = os.path.realpath(folder)
+    if name not in _cleared:
+        remove_leftovers(name)
+        _cleared.add(name)
+
+
+def _try_lock(descriptor: int) -> bool | None:
     """Whether the lock is ours; None where there are none."""
-    if fcntl is None or descriptor is None:
+    if fcntl is None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
