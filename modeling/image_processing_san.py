@@ -10,9 +10,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from torch.nn import functional as F
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
@@ -26,12 +24,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import is_torchvision_available
 
-
-# Post-processing works on square tiles of this side, and on at most so many scores at a time. A tile is small enough
-# that few classes can win anywhere in it, large enough to keep the processor busy, and no power of two, which would
-# have the masks of all queries compete for the same lines of the processor's cache.
-_TILE_SIDE = 48
-_SCORES_AT_ONCE = 2**22
+from .post_processing_san import SemanticSegmentationPostProcessing
 
 
 class SANImageProcessorKwargs(ImagesKwargs, total=False):
@@ -49,7 +42,7 @@ class SANImageProcessorKwargs(ImagesKwargs, total=False):
     do_reduce_labels: bool | None
 
 
-class _SANImageProcessing:
+class _SANImageProcessing(SemanticSegmentationPostProcessing):
     """
     What the two backends share, which is all but the resize and the arithmetic on pixels.
 
@@ -155,7 +148,7 @@ class _SANImageProcessing:
         if do_resize:
             images = [self.resize(image, size, resample) for image in images]
         image_sizes = [_size_of(image) for image in images]
-        padded_size = _padded_size(image_sizes, size_divisor, pad_size)
+        padded_size = padded_size_of(image_sizes, size_divisor, pad_size)
 
         if do_rescale or do_normalize:
             for image in images:
@@ -230,110 +223,22 @@ class _SANImageProcessing:
                 image = _lay_on_white(image)
         return np.ascontiguousarray(image)
 
+    def resized_sizes(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The (height, width) that images of these sizes are resized to."""
+        return [resized_size(size, self.size) for size in sizes] if self.do_resize else list(sizes)
+
+    def padded_size(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """The (height, width) that a batch of images of these sizes, once resized, is padded to."""
+        size_divisor, pad_size = (self.size_divisor, self.pad_size) if self.do_pad else (None, None)
+        padded = padded_size_of(sizes, size_divisor, pad_size)
+        return padded.height, padded.width
+
     def resize(
         self, image: "np.ndarray | torch.Tensor", size: SizeDict, resample: PILImageResampling | None = None, **kwargs
     ) -> "np.ndarray | torch.Tensor":
         """Resizes a (C, H, W) image by the rule of `size`; see the class."""
-        height, width = _resized_size(_size_of(image), size)
+        height, width = resized_size(_size_of(image), size)
         return super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
-
-    @torch.no_grad()
-    def post_process_semantic_segmentation(
-        self,
-        outputs,
-        target_sizes: "list[tuple[int, int]] | torch.Tensor | None" = None,
-        return_segmentation_scores: bool = False,
-        num_labels: int | None = None,
-    ) -> "list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]":
-        r"""
-        Label maps from the model's outputs: mask logits are resized bilinearly to the padded input, cropped to the
-        image, resized to the target, and put through a sigmoid; a class's score is the sum over queries of its
-        probability (softmax, no-object dropped) times the mask; the label is the class of the highest score.
-
-        Memory does not grow with the number of classes: the scores of all classes and pixels never exist at once,
-        unless they are asked for.
-
-        Args:
-            outputs (`SANForSemanticSegmentationOutput` or alike):
-                With `class_queries_logits` (B, Q, C + 1), `masks_queries_logits` (B, Q, h, w), and `image_sizes`
-                (B, 2), the (height, width) of each image inside the padded input. Where `image_sizes` is missing or
-                `None`, it is what this processor's own `size` makes of `target_sizes`; if that does not fit the masks'
-                shape, the masks are taken to cover the image without padding.
-            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape (B, 2), *optional*):
-                (height, width) of each label map, usually the original image's. Without, label maps have the size
-                of the model's input (of `image_sizes`, or of the masks if that is missing too).
-            return_segmentation_scores (`bool`, *optional*, defaults to `False`):
-                Whether to return the scores as well. They take 4 * C * H * W bytes per image.
-            num_labels (`int`, *optional*):
-                The number of classes the caller asked for, if the vocabulary was expanded beyond them: every later
-                class counts as one "other" with the label `num_labels`.
-
-        Returns:
-            A list of B label maps, (H, W) int64 with values 0..C - 1 (0..`num_labels` if that is given), on the
-            outputs' device. With `return_segmentation_scores`, a list of objects with `segmentation`, the label map,
-            and `segmentation_scores`, (C, H, W) float32, from 0 to, in practice, about 1; with `num_labels`,
-            (`num_labels` + 1, H, W), the last being the best of the others.
-
-        Raises:
-            ValueError: for sizes that do not fit the outputs, and for logits that are not finite.
-        """
-        class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
-        batch_size, num_classes = len(class_logits), class_logits.shape[-1] - 1
-        if num_labels is not None and not 1 <= num_labels <= num_classes:
-            raise ValueError(f"Got num_labels={num_labels}, expected 1..{num_classes}, the outputs' number of classes.")
-        image_sizes = _size_list(getattr(outputs, "image_sizes", None), batch_size, "image_sizes")
-        target_sizes = _size_list(target_sizes, batch_size, "target_sizes")
-        mask_size = tuple(mask_logits.shape[-2:])
-        sizes_in_model = self._sizes_in_model(image_sizes, target_sizes, mask_size)
-        image_sizes, padded_size = sizes_in_model or ([mask_size] * batch_size, mask_size)
-
-        results = []
-        for index, (image_size, target_size) in enumerate(zip(image_sizes, target_sizes or image_sizes)):
-            masks, classes = mask_logits[index].float(), class_logits[index].float()
-            for name, logits in (("masks_queries_logits", masks), ("class_queries_logits", classes)):
-                if not logits.isfinite().all():
-                    raise ValueError(
-                        f"{name} of image {index} has NaN or infinite values, expected finite ones: check the pixel "
-                        "values, and in half precision use bfloat16 rather than float16."
-                    )
-            probabilities = classes.softmax(-1)[:, :-1].T  # (C, Q)
-            weights = [
-                _interpolation_weights(*sides, device=masks.device)
-                for sides in zip(masks.shape[-2:], padded_size, image_size, target_size)
-            ]
-            labels, scores = _segment(masks, probabilities, *weights, return_segmentation_scores, num_labels)
-            results.append(
-                SemanticSegmentationPostProcessorOutput({"segmentation": labels, "segmentation_scores": scores})
-                if return_segmentation_scores
-                else labels
-            )
-        return results
-
-    def _sizes_in_model(
-        self,
-        image_sizes: list[tuple[int, int]] | None,
-        target_sizes: list[tuple[int, int]] | None,
-        mask_size: tuple[int, int],
-    ) -> tuple[list[tuple[int, int]], tuple[int, int]] | None:
-        """Each image's size inside the padded input, and the size of that input; None where they are unknown."""
-        derived = image_sizes is None
-        if derived and target_sizes is not None:
-            image_sizes = [_resized_size(size, self.size) if self.do_resize else size for size in target_sizes]
-        if image_sizes is not None:
-            divisor, pad_size = (self.size_divisor, self.pad_size) if self.do_pad else (None, None)
-            padded = _padded_size(image_sizes, divisor, pad_size)
-            padded_size = padded.height, padded.width
-            # The masks have one pixel per patch: some patch size p must give side // p on both axes.
-            smallest = max(side / (cells + 1) for side, cells in zip(padded_size, mask_size))
-            largest = min(side / cells for side, cells in zip(padded_size, mask_size))
-            if smallest < largest:
-                return image_sizes, padded_size
-            if not derived:
-                raise ValueError(
-                    f"outputs.image_sizes {image_sizes} make a padded input of {padded_size}, which does not fit masks "
-                    f"of {mask_size}: use the outputs of one batch as they are, and the processor that prepared it."
-                )
-        return None
 
 
 class SANImageProcessorPil(_SANImageProcessing, PilBackend):
@@ -497,7 +402,7 @@ def _size_of(image: "np.ndarray | torch.Tensor") -> tuple[int, int]:
     return tuple(image.shape[-2:])
 
 
-def _resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
+def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
     """The (height, width) an image is resized to."""
     if size.height and size.width:
         return size.height, size.width
@@ -515,7 +420,7 @@ def _resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int
     return height, width
 
 
-def _padded_size(image_sizes: list[tuple[int, int]], size_divisor: int | None, pad_size: SizeDict | None) -> SizeDict:
+def padded_size_of(image_sizes: list[tuple[int, int]], size_divisor: int | None, pad_size: SizeDict | None) -> SizeDict:
     """The size a batch is padded to: `pad_size` if there is one, else the largest sides, rounded up to the divisor."""
     if pad_size is not None:
         return pad_size
@@ -531,86 +436,6 @@ def _check_channels(image, image_mean, image_std, do_normalize: bool):
                 f"Got an image of {image.shape[0]} channels and {name} of {np.size(value)}: expected as many; "
                 "do_convert_rgb=True makes any image RGB."
             )
-
-
-def _size_list(sizes, batch_size: int, name: str) -> list[tuple[int, int]] | None:
-    """Checks a list or tensor of sizes."""
-    if sizes is None:
-        return None
-    sizes = [tuple(int(side) for side in size) for size in sizes]
-    if len(sizes) != batch_size:
-        raise ValueError(f"Got {len(sizes)} {name} for outputs of {batch_size} images, expected as many.")
-    if any(len(size) != 2 or min(size) < 1 for size in sizes):
-        raise ValueError(f"Got {name}={sizes}, expected (height, width) of each image, both at least 1.")
-    return sizes
-
-
-def _interpolation_weights(cells: int, padded: int, cropped: int, target: int, device: torch.device) -> torch.Tensor:
-    """
-    (target, cells): what each target pixel takes from each mask pixel along one axis.
-
-    Bilinear resizing treats the axes apart and is linear on each, as is cropping. The resize to the padded input,
-    the crop and the resize to the target are thus one matrix per axis, whose columns are what becomes of a single 1.
-    """
-    unit = torch.eye(cells, device=device)[None]
-    unit = F.interpolate(unit, size=padded, mode="linear", align_corners=False)[..., :cropped]
-    return F.interpolate(unit, size=target, mode="linear", align_corners=False)[0].T
-
-
-def _segment(
-    mask_logits: torch.Tensor,
-    probabilities: torch.Tensor,
-    height_weights: torch.Tensor,
-    width_weights: torch.Tensor,
-    return_scores: bool,
-    num_labels: int | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """
-    Labels (H, W), and scores (C, H, W) if asked for, from mask logits (Q, h, w), class probabilities (C, Q) and the
-    weights of the resize, (H, h) and (W, w).
-    """
-    height, width, num_classes = len(height_weights), len(width_weights), len(probabilities)
-    other = num_labels if num_labels is not None and num_labels < num_classes else None
-    labels = torch.empty(height, width, dtype=torch.int64, device=mask_logits.device)
-    scores = None
-    if return_scores:
-        scores = mask_logits.new_empty(num_classes if other is None else other + 1, height, width)
-
-    for top in range(0, height, _TILE_SIDE):
-        rows = slice(top, top + _TILE_SIDE)
-        row_weights, strip = _drop_unused(height_weights[rows], mask_logits, axis=1)
-        for left in range(0, width, _TILE_SIDE):
-            columns = slice(left, left + _TILE_SIDE)
-            column_weights, cells = _drop_unused(width_weights[columns], strip, axis=2)
-            masks = (row_weights @ cells @ column_weights.T).sigmoid_()  # (Q, tile height, tile width)
-            if return_scores:
-                tile_scores = torch.einsum("cq,qhw->chw", probabilities, masks)
-                if other is not None:
-                    tile_scores = torch.cat((tile_scores[:other], tile_scores[other:].amax(0, keepdim=True)))
-                scores[:, rows, columns] = tile_scores
-                labels[rows, columns] = tile_scores.argmax(0)
-            else:
-                labels[rows, columns] = _best_class(masks.flatten(1), probabilities).view(masks.shape[1:])
-    if other is not None:
-        labels.clamp_(max=other)
-    return labels, scores
-
-
-def _best_class(masks: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """The class of the highest score at each of N pixels, (N,), from masks (Q, N) and class probabilities (C, Q)."""
-    # Only a class whose score could somewhere reach what the best class has everywhere can win at all: few can, in a
-    # small tile. The margin is more than the rounding error of a sum over queries.
-    highest, lowest = probabilities @ masks.amax(1), probabilities @ masks.amin(1)
-    candidates = (highest >= lowest.max() * (1 - 1e-4)).nonzero()[:, 0]
-    probabilities = probabilities[candidates].T
-    parts = masks.T.split(max(1, _SCORES_AT_ONCE // len(candidates)))
-    return candidates[torch.cat([(part @ probabilities).argmax(1) for part in parts])]
-
-
-def _drop_unused(weights: torch.Tensor, logits: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `weights` (pixels, cells) without the cells that no pixel takes from, and the logits of the cells left."""
-    used = weights.any(0).nonzero()[:, 0]
-    return weights[:, used], logits.index_select(axis, used)
 
 
 SANImageProcessorPil.register_for_auto_class()

@@ -8,111 +8,10 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import logging
 
+from .prompts_san import split_templates
+
 
 logger = logging.get_logger(__name__)
-
-# A class name takes the place of {}. "vild" is what SAN is trained and evaluated with; "imagenet" are the templates
-# of CLIP's zero-shot ImageNet classification.
-PROMPT_TEMPLATES = {
-    "vild": (
-        "a photo of a {}.",
-        "This is a photo of a {}",
-        "There is a {} in the scene",
-        "There is the {} in the scene",
-        "a photo of a {} in the scene",
-        "a photo of a small {}.",
-        "a photo of a medium {}.",
-        "a photo of a large {}.",
-        "This is a photo of a small {}.",
-        "This is a photo of a medium {}.",
-        "This is a photo of a large {}.",
-        "There is a small {} in the scene.",
-        "There is a medium {} in the scene.",
-        "There is a large {} in the scene.",
-    ),
-    "imagenet": (
-        "a bad photo of a {}.",
-        "a photo of many {}.",
-        "a sculpture of a {}.",
-        "a photo of the hard to see {}.",
-        "a low resolution photo of the {}.",
-        "a rendering of a {}.",
-        "graffiti of a {}.",
-        "a bad photo of the {}.",
-        "a cropped photo of the {}.",
-        "a tattoo of a {}.",
-        "the embroidered {}.",
-        "a photo of a hard to see {}.",
-        "a bright photo of a {}.",
-        "a photo of a clean {}.",
-        "a photo of a dirty {}.",
-        "a dark photo of the {}.",
-        "a drawing of a {}.",
-        "a photo of my {}.",
-        "the plastic {}.",
-        "a photo of the cool {}.",
-        "a close-up photo of a {}.",
-        "a black and white photo of the {}.",
-        "a painting of the {}.",
-        "a painting of a {}.",
-        "a pixelated photo of the {}.",
-        "a sculpture of the {}.",
-        "a bright photo of the {}.",
-        "a cropped photo of a {}.",
-        "a plastic {}.",
-        "a photo of the dirty {}.",
-        "a jpeg corrupted photo of a {}.",
-        "a blurry photo of the {}.",
-        "a photo of the {}.",
-        "a good photo of the {}.",
-        "a rendering of the {}.",
-        "a {} in a video game.",
-        "a photo of one {}.",
-        "a doodle of a {}.",
-        "a close-up photo of the {}.",
-        "a photo of a {}.",
-        "the origami {}.",
-        "the {} in a video game.",
-        "a sketch of a {}.",
-        "a doodle of the {}.",
-        "a origami {}.",
-        "a low resolution photo of a {}.",
-        "the toy {}.",
-        "a rendition of the {}.",
-        "a photo of the clean {}.",
-        "a photo of a large {}.",
-        "a rendition of a {}.",
-        "a photo of a nice {}.",
-        "a photo of a weird {}.",
-        "a blurry photo of a {}.",
-        "a cartoon {}.",
-        "art of a {}.",
-        "a sketch of the {}.",
-        "a embroidered {}.",
-        "a pixelated photo of a {}.",
-        "itap of the {}.",
-        "a jpeg corrupted photo of the {}.",
-        "a good photo of a {}.",
-        "a plushie {}.",
-        "a photo of the nice {}.",
-        "a photo of the small {}.",
-        "a photo of the weird {}.",
-        "the cartoon {}.",
-        "art of the {}.",
-        "a drawing of the {}.",
-        "a photo of the large {}.",
-        "a black and white photo of a {}.",
-        "the plushie {}.",
-        "a dark photo of a {}.",
-        "itap of a {}.",
-        "graffiti of the {}.",
-        "a toy {}.",
-        "itap of my {}.",
-        "a photo of a cool {}.",
-        "a photo of a small {}.",
-        "a tattoo of the {}.",
-    ),
-}
 
 
 class SANProcessorKwargs(ProcessingKwargs, total=False):
@@ -150,7 +49,7 @@ class SANProcessor(ProcessorMixin):
         prompt_templates: str | Sequence[str] = "vild",
         chat_template=None,
     ):
-        _split_templates(prompt_templates)  # refuses what is none, before anything is saved with it
+        split_templates(prompt_templates)  # refuses what is none, before anything is saved with it
         self.prompt_templates = prompt_templates if isinstance(prompt_templates, str) else list(prompt_templates)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
@@ -227,7 +126,7 @@ class SANProcessor(ProcessorMixin):
             for token in self.tokenizer.all_special_tokens:
                 if token in name:
                     raise ValueError(f"Got the class name {name!r} with the tokenizer's own {token!r}: leave that out.")
-        templates = _split_templates(self.prompt_templates if prompt_templates is None else prompt_templates)
+        templates = split_templates(self.prompt_templates if prompt_templates is None else prompt_templates)
         prompts = [before + name + after for name in names for before, after in templates]
         tokens = self.tokenizer(prompts, return_tensors="np", **text_kwargs)
 
@@ -247,24 +146,6 @@ class SANProcessor(ProcessorMixin):
     def post_process_semantic_segmentation(self, *args, **kwargs):
         """Label maps from the model's outputs: see [`SANImageProcessor.post_process_semantic_segmentation`]."""
         return self.image_processor.post_process_semantic_segmentation(*args, **kwargs)
-
-
-def _split_templates(templates: str | Sequence[str]) -> list[tuple[str, str]]:
-    """What each template has before and after the class name."""
-    if isinstance(templates, str):
-        if templates not in PROMPT_TEMPLATES:
-            raise ValueError(
-                f"Got prompt_templates={templates!r}, expected one of {list(PROMPT_TEMPLATES)} or a list of templates."
-            )
-        templates = PROMPT_TEMPLATES[templates]
-    pairs = []
-    for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(f"Got the prompt template {template!r}, expected a string with one {{}} for the name.")
-        pairs.append(tuple(template.split("{}")))
-    if not pairs:
-        raise ValueError("Got no prompt templates, expected at least one, such as 'a photo of a {}.'.")
-    return pairs
 
 
 def _key(name: str) -> str:

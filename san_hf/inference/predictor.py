@@ -11,10 +11,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from san_hf.inference.segmenter import EXPANSIONS
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
-
-# Test-time augmentation adds up the scores of several views of an image the way post-processing adds up queries:
-# tile by tile, without ever holding the scores of all classes.
-from san_hf.modeling.image_processing_san import _TILE_SIDE, _best_class, _drop_unused, _interpolation_weights
+from san_hf.modeling.post_processing_san import MaskPrediction, label_map_and_scores
 from san_hf.vocabularies import load_vocabulary
 
 
@@ -174,41 +171,16 @@ class SemanticPredictor:
         return tuple(pixel_values.shape[-2:]), outputs
 
     def _average(self, views: list, index: int, target_size: tuple[int, int]) -> torch.Tensor:
-        """
-        The label map by the average of all views' scores.
-
-        A view's score of a class is a sum over its queries, so that the sum over views is a sum over all their
-        queries.
-        """
-        parts, probabilities = [], []
-        for number, (padded_size, outputs) in enumerate(views):
-            masks = outputs.masks_queries_logits[index].float()
-            logits = outputs.class_queries_logits[index].float()
-            if not (masks.isfinite().all() and logits.isfinite().all()):
-                raise ValueError(
-                    "The model's outputs have NaN or infinite values, expected finite ones: in half precision use "
-                    "bfloat16 rather than float16."
-                )
-            probabilities.append(logits.softmax(-1)[:, :-1].T)  # (C, Q)
-            rows, columns = (
-                _interpolation_weights(*sides, device=masks.device)
-                for sides in zip(masks.shape[-2:], padded_size, outputs.image_sizes[index].tolist(), target_size)
+        """The label map by the average of all views' scores."""
+        predictions = [
+            MaskPrediction.from_logits(
+                outputs.masks_queries_logits[index],
+                outputs.class_queries_logits[index],
+                padded_size,
+                tuple(outputs.image_sizes[index].tolist()),
+                target_size,
+                mirrored=number % 2 == 1,
             )
-            # What is seen at the left of a mirrored view belongs to the right.
-            parts.append((masks, rows, columns.flip(0) if number % 2 else columns))
-        probabilities = torch.cat(probabilities, dim=1)  # (C, views * Q)
-
-        height, width = target_size
-        labels = torch.empty(height, width, dtype=torch.int64, device=probabilities.device)
-        for top in range(0, height, _TILE_SIDE):
-            tile_rows = slice(top, top + _TILE_SIDE)
-            strips = [(*_drop_unused(rows[tile_rows], masks, axis=1), columns) for masks, rows, columns in parts]
-            for left in range(0, width, _TILE_SIDE):
-                tile_columns = slice(left, left + _TILE_SIDE)
-                tile = []
-                for row_weights, strip, columns in strips:
-                    column_weights, cells = _drop_unused(columns[tile_columns], strip, axis=2)
-                    tile.append((row_weights @ cells @ column_weights.T).sigmoid_())
-                masks = torch.cat(tile)  # (views * Q, tile height, tile width)
-                labels[tile_rows, tile_columns] = _best_class(masks.flatten(1), probabilities).view(masks.shape[1:])
-        return labels.clamp_(max=self.num_labels)
+            for number, (padded_size, outputs) in enumerate(views)
+        ]
+        return label_map_and_scores(predictions, num_labels=self.num_labels)[0]

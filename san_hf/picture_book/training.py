@@ -35,7 +35,7 @@ from transformers import (
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
-from san_hf.modeling.processing_san import PROMPT_TEMPLATES
+from san_hf.modeling.prompts_san import PROMPT_TEMPLATES
 from san_hf.picture_book import scenes as book
 from san_hf.training.optimization import parameter_groups
 

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from transformers.image_utils import SizeDict
 
-from san_hf.modeling.image_processing_san import _resized_size as resized_size
+from san_hf.modeling.image_processing_san import resized_size
 
 
 # Grey, which is close to zero once normalised.

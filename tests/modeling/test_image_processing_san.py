@@ -475,6 +475,27 @@ def test_expanded_vocabulary(num_labels):
     assert torch.equal(result.segmentation, labels)
 
 
+@pytest.mark.parametrize("num_labels", [None, 4, 7])
+def test_threshold(num_labels):
+    """Pixels whose best score is lower are "other", with scores asked for or not; the rest is as without."""
+    outputs, targets = outputs_of([(64, 90)], num_classes=7), [(70, 80)]
+    image_processor = SANImageProcessor()
+    (every,) = image_processor.post_process_semantic_segmentation(outputs, targets, return_segmentation_scores=True)
+    best, other = every.segmentation_scores.amax(0), 7 if num_labels is None else num_labels
+    threshold = best.median().item() + 1e-4
+    options = {"num_labels": num_labels, "threshold": threshold}
+    expected = torch.where(best < threshold, other, every.segmentation.clamp(max=other))
+    (labels,) = image_processor.post_process_semantic_segmentation(outputs, targets, **options)
+    (result,) = image_processor.post_process_semantic_segmentation(
+        outputs, targets, return_segmentation_scores=True, **options
+    )
+    assert 0.2 < (labels == other).float().mean() < 1
+    assert torch.equal(labels, expected)
+    assert torch.equal(result.segmentation, expected)
+    (none,) = image_processor.post_process_semantic_segmentation(outputs, targets, threshold=0.0)
+    assert torch.equal(none, every.segmentation)
+
+
 def test_target_sizes():
     """Lists, tuples and tensors say the same; without, label maps are of the model's input, without its padding."""
     outputs = outputs_of([(60, 96), (96, 40)])
@@ -539,8 +560,8 @@ def test_patch_sizes(patch_size):
         ({}, {"target_sizes": [(5, 5, 3)] * 2}, "Got target_sizes="),
         ({"image_sizes": torch.tensor([[64, 64]])}, {}, "Got 1 image_sizes for outputs of 2 images"),
         ({"image_sizes": torch.tensor([[64, 200]] * 2)}, {}, r"padded input of \(64, 224\), which does not fit masks"),
-        ({"masks_queries_logits": torch.full((2, 6, 4, 4), torch.nan)}, {}, "masks_queries_logits of image 0 has NaN"),
-        ({"class_queries_logits": torch.full((2, 6, 6), torch.inf)}, {}, "class_queries_logits of image 0 has NaN"),
+        ({"masks_queries_logits": torch.full((2, 6, 4, 4), torch.nan)}, {}, "Image 0: masks_queries_logits has NaN"),
+        ({"class_queries_logits": torch.full((2, 6, 6), torch.inf)}, {}, "Image 0: class_queries_logits has NaN"),
         ({}, {"num_labels": 0}, r"Got num_labels=0, expected 1..5"),
         ({}, {"num_labels": 6}, r"Got num_labels=6, expected 1..5"),
     ],

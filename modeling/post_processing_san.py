@@ -1,0 +1,293 @@
+"""Label maps from SAN's mask and class logits, tile by tile (the last step of the paper's figure 2).
+
+Memory does not grow with the number of classes: the scores of all classes and pixels never exist at once, unless they
+are asked for.
+Shapes: Q queries, C classes, h x w the masks' grid, H x W the label map. Sizes are (height, width), in pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
+
+
+# Square tiles of this side, and at most so many scores at a time. A tile is small enough that few classes can win
+# anywhere in it, large enough to keep the processor busy, and no power of two, which would have the masks of all
+# queries compete for the same lines of the processor's cache.
+TILE_SIDE = 48
+SCORES_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """
+    What the model predicts for one image, or for one view of it in test-time augmentation.
+
+    Attributes:
+        mask_logits: (Q, h, w) float32.
+        probabilities: (C, Q) float32, of each class for each query; the no-object class is dropped.
+        height_weights: (H, h) float32, what each row of the label map takes from each row of the masks.
+        width_weights: (W, w) float32, the same for columns.
+    """
+
+    mask_logits: torch.Tensor
+    probabilities: torch.Tensor
+    height_weights: torch.Tensor
+    width_weights: torch.Tensor
+
+    @classmethod
+    def from_logits(
+        cls,
+        mask_logits: torch.Tensor,
+        class_logits: torch.Tensor,
+        padded_size: tuple[int, int],
+        image_size: tuple[int, int],
+        target_size: tuple[int, int],
+        mirrored: bool = False,
+    ) -> "MaskPrediction":
+        """
+        Args:
+            mask_logits: (Q, h, w), over the whole padded input.
+            class_logits: (Q, C + 1), no-object last.
+            padded_size: of the model's input.
+            image_size: of the image inside it, at the top left.
+            target_size: of the label map.
+            mirrored: whether the input was mirrored left to right; the label map is not.
+
+        Raises:
+            ValueError: logits that are not finite.
+        """
+        mask_logits, class_logits = mask_logits.float(), class_logits.float()
+        for name, logits in (("masks_queries_logits", mask_logits), ("class_queries_logits", class_logits)):
+            if not logits.isfinite().all():
+                raise ValueError(
+                    f"{name} has NaN or infinite values, expected finite ones: check the pixel values, and in half "
+                    "precision use bfloat16 rather than float16."
+                )
+        height_weights, width_weights = (
+            interpolation_weights(*sides, device=mask_logits.device)
+            for sides in zip(mask_logits.shape[-2:], padded_size, image_size, target_size)
+        )
+        # What is at the left of a mirrored view belongs to the right.
+        width_weights = width_weights.flip(0) if mirrored else width_weights
+        return cls(mask_logits, class_logits.softmax(-1)[:, :-1].T, height_weights, width_weights)
+
+
+def interpolation_weights(cells: int, padded: int, cropped: int, target: int, device: torch.device) -> torch.Tensor:
+    """
+    (target, cells) float32: what each target pixel takes from each mask pixel along one axis.
+
+    Bilinear resizing treats the axes apart and is linear on each, as is cropping. The resize to the padded input,
+    the crop and the resize to the target are thus one matrix per axis, whose columns are what becomes of a single 1.
+    """
+    unit = torch.eye(cells, device=device)[None]
+    unit = F.interpolate(unit, size=padded, mode="linear", align_corners=False)[..., :cropped]
+    return F.interpolate(unit, size=target, mode="linear", align_corners=False)[0].T
+
+
+def label_map_and_scores(
+    views: Sequence[MaskPrediction],
+    num_labels: int | None = None,
+    threshold: float | None = None,
+    return_scores: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    The label map of one image from the predictions of one view of it or more.
+
+    A class's score at a pixel is the sum over queries of the class's probability times the mask's, averaged over the
+    views: a sum over the queries of all views. The label is the class of the highest score.
+
+    Args:
+        views: of the same image; for the same classes and label map.
+        num_labels: later classes are one "other" label with this number.
+        threshold: pixels whose highest score is lower get the "other" label, `num_labels` or else C.
+        return_scores: whether to return the scores as well.
+
+    Returns:
+        Labels (H, W) int64, and scores (C, H, W) float32 if asked for: (`num_labels` + 1, H, W) where classes are
+        summed up as "other", whose score is that of the best of them.
+    """
+    height, width = len(views[0].height_weights), len(views[0].width_weights)
+    probabilities = torch.cat([view.probabilities for view in views], dim=1)  # (C, views * Q)
+    num_classes = len(probabilities)
+    other = num_labels if num_labels is not None and num_labels < num_classes else None
+    labels = torch.empty(height, width, dtype=torch.int64, device=probabilities.device)
+    scores = None
+    if return_scores:
+        scores = probabilities.new_empty(num_classes if other is None else other + 1, height, width)
+
+    for top in range(0, height, TILE_SIDE):
+        rows = slice(top, top + TILE_SIDE)
+        strips = [_drop_unused(view.height_weights[rows], view.mask_logits, axis=1) for view in views]
+        for left in range(0, width, TILE_SIDE):
+            columns = slice(left, left + TILE_SIDE)
+            tiles = []
+            for view, (row_weights, strip) in zip(views, strips):
+                column_weights, cells = _drop_unused(view.width_weights[columns], strip, axis=2)
+                tiles.append((row_weights @ cells @ column_weights.T).sigmoid_())
+            masks = torch.cat(tiles) if len(tiles) > 1 else tiles[0]  # (views * Q, tile height, tile width)
+            if scores is not None:
+                tile_scores = torch.einsum("cq,qhw->chw", probabilities, masks) / len(views)
+                if other is not None:
+                    tile_scores = torch.cat((tile_scores[:other], tile_scores[other:].amax(0, keepdim=True)))
+                scores[:, rows, columns] = tile_scores
+                best, best_scores = tile_scores.argmax(0), tile_scores.amax(0)
+            else:
+                best, best_scores = (part.view(masks.shape[1:]) for part in best_class(masks.flatten(1), probabilities))
+                best_scores = best_scores / len(views)
+            if threshold is not None:
+                best = best.masked_fill(best_scores < threshold, num_classes)
+            labels[rows, columns] = best
+    if num_labels is not None:
+        labels.clamp_(max=num_labels)
+    return labels, scores
+
+
+def best_class(masks: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The class of the highest score at each of N pixels, and that score.
+
+    Args:
+        masks: (Q, N), 0..1.
+        probabilities: (C, Q), 0..1.
+
+    Returns:
+        Classes (N,) int64, and scores (N,).
+    """
+    # Only a class whose score could somewhere reach what the best class has everywhere can win at all: few can, in a
+    # small tile. The margin is more than the rounding error of a sum over queries.
+    highest, lowest = probabilities @ masks.amax(1), probabilities @ masks.amin(1)
+    candidates = (highest >= lowest.max() * (1 - 1e-4)).nonzero()[:, 0]
+    probabilities = probabilities[candidates].T
+    classes, scores = [], []
+    for part in masks.T.split(max(1, SCORES_AT_ONCE // len(candidates))):
+        part_scores = part @ probabilities
+        best = part_scores.argmax(1, keepdim=True)
+        classes.append(candidates[best[:, 0]])
+        scores.append(part_scores.gather(1, best)[:, 0])
+    return torch.cat(classes), torch.cat(scores)
+
+
+def _drop_unused(weights: torch.Tensor, logits: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `weights` (pixels, cells) without the cells that no pixel takes from, and the logits of the cells left."""
+    used = weights.any(0).nonzero()[:, 0]
+    return weights[:, used], logits.index_select(axis, used)
+
+
+def check_sizes(sizes, batch_size: int, name: str) -> list[tuple[int, int]] | None:
+    """Checks a list or tensor of sizes."""
+    if sizes is None:
+        return None
+    sizes = [tuple(int(side) for side in size) for size in sizes]
+    if len(sizes) != batch_size:
+        raise ValueError(f"Got {len(sizes)} {name} for outputs of {batch_size} images, expected as many.")
+    if any(len(size) != 2 or min(size) < 1 for size in sizes):
+        raise ValueError(f"Got {name}={sizes}, expected (height, width) of each image, both at least 1.")
+    return sizes
+
+
+class SemanticSegmentationPostProcessing:
+    """The image processor's second half: label maps from the model's outputs."""
+
+    def resized_sizes(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The sizes that the processor resizes images of these sizes to."""
+        raise NotImplementedError
+
+    def padded_size(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+        """The size that the processor pads a batch of images of these sizes, once resized, to."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def post_process_semantic_segmentation(
+        self,
+        outputs,
+        target_sizes: "list[tuple[int, int]] | torch.Tensor | None" = None,
+        return_segmentation_scores: bool = False,
+        num_labels: int | None = None,
+        threshold: float | None = None,
+    ) -> "list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]":
+        r"""
+        Label maps from the model's outputs: mask logits are resized bilinearly to the padded input, cropped to the
+        image, resized to the target, and put through a sigmoid; a class's score is the sum over queries of its
+        probability (softmax, no-object dropped) times the mask; the label is the class of the highest score.
+
+        Memory does not grow with the number of classes: the scores of all classes and pixels never exist at once,
+        unless they are asked for.
+
+        Args:
+            outputs (`SANForSemanticSegmentationOutput` or alike):
+                With `class_queries_logits` (B, Q, C + 1), `masks_queries_logits` (B, Q, h, w), and `image_sizes`
+                (B, 2), the (height, width) of each image inside the padded input. Where `image_sizes` is missing or
+                `None`, it is what this processor's own `size` makes of `target_sizes`; if that does not fit the masks'
+                shape, the masks are taken to cover the image without padding.
+            target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape (B, 2), *optional*):
+                (height, width) of each label map, usually the original image's. Without, label maps have the size
+                of the model's input (of `image_sizes`, or of the masks if that is missing too).
+            return_segmentation_scores (`bool`, *optional*, defaults to `False`):
+                Whether to return the scores as well. They take 4 * C * H * W bytes per image.
+            num_labels (`int`, *optional*):
+                The number of classes the caller asked for, if the vocabulary was expanded beyond them: every later
+                class counts as one "other" with the label `num_labels`.
+            threshold (`float`, *optional*):
+                Pixels whose highest score is lower get the label of "other", too: `num_labels`, or C without it.
+
+        Returns:
+            A list of B label maps, (H, W) int64 with values 0..C - 1 (0..`num_labels` if that is given, 0..C with a
+            `threshold`), on the outputs' device. With `return_segmentation_scores`, a list of objects with
+            `segmentation`, the label map, and `segmentation_scores`, (C, H, W) float32, from 0 to, in practice, about
+            1; with `num_labels`, (`num_labels` + 1, H, W), the last being the best of the others.
+
+        Raises:
+            ValueError: for sizes that do not fit the outputs, and for logits that are not finite.
+        """
+        class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
+        batch_size, num_classes = len(class_logits), class_logits.shape[-1] - 1
+        if num_labels is not None and not 1 <= num_labels <= num_classes:
+            raise ValueError(f"Got num_labels={num_labels}, expected 1..{num_classes}, the outputs' number of classes.")
+        image_sizes = check_sizes(getattr(outputs, "image_sizes", None), batch_size, "image_sizes")
+        target_sizes = check_sizes(target_sizes, batch_size, "target_sizes")
+        mask_size = tuple(mask_logits.shape[-2:])
+        sizes_in_model = self._sizes_in_model(image_sizes, target_sizes, mask_size)
+        image_sizes, padded_size = sizes_in_model or ([mask_size] * batch_size, mask_size)
+
+        results = []
+        for index, (image_size, target_size) in enumerate(zip(image_sizes, target_sizes or image_sizes)):
+            try:
+                prediction = MaskPrediction.from_logits(
+                    mask_logits[index], class_logits[index], padded_size, image_size, target_size
+                )
+            except ValueError as error:
+                raise ValueError(f"Image {index}: {error}") from error
+            labels, scores = label_map_and_scores([prediction], num_labels, threshold, return_segmentation_scores)
+            results.append(
+                SemanticSegmentationPostProcessorOutput({"segmentation": labels, "segmentation_scores": scores})
+                if return_segmentation_scores
+                else labels
+            )
+        return results
+
+    def _sizes_in_model(
+        self,
+        image_sizes: list[tuple[int, int]] | None,
+        target_sizes: list[tuple[int, int]] | None,
+        mask_size: tuple[int, int],
+    ) -> tuple[list[tuple[int, int]], tuple[int, int]] | None:
+        """Each image's size inside the padded input, and the size of that input; None where they are unknown."""
+        derived = image_sizes is None
+        if derived and target_sizes is not None:
+            image_sizes = self.resized_sizes(target_sizes)
+        if image_sizes is not None:
+            padded_size = self.padded_size(image_sizes)
+            # The masks have one pixel per patch: some patch size p must give side // p on both axes.
+            smallest = max(side / (cells + 1) for side, cells in zip(padded_size, mask_size))
+            largest = min(side / cells for side, cells in zip(padded_size, mask_size))
+            if smallest < largest:
+                return image_sizes, padded_size
+            if not derived:
+                raise ValueError(
+                    f"outputs.image_sizes {image_sizes} make a padded input of {padded_size}, which does not fit masks "
+                    f"of {mask_size}: use the outputs of one batch as they are, and the processor that prepared it."
+                )
+        return None
