@@ -517,6 +517,23 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         self._check_class_embeds(class_embeds)
         return F.normalize(torch.cat([class_embeds.to(self.no_object_embed), self.no_object_embed]), dim=-1)
 
+    def encode_images(self, pixel_values: torch.Tensor, image_sizes: torch.Tensor | None = None) -> SANModelOutput:
+        """The part of `forward` that needs no classes: mask logits, and mask embeddings for [`class_logits`]."""
+        return self.model(pixel_values, image_sizes=image_sizes, return_dict=True)
+
+    def class_logits(self, mask_embeds: torch.Tensor, classifier: torch.Tensor) -> torch.Tensor:
+        """
+        Cosine similarity of masks and classes, at CLIP's temperature.
+
+        Args:
+            mask_embeds: (..., Q, D), L2-normalised.
+            classifier: (C + 1, D) of [`build_classifier`].
+
+        Returns:
+            (..., Q, C + 1), no-object last.
+        """
+        return self.logit_scale.exp() * mask_embeds @ classifier.T
+
     @can_return_tuple
     def forward(
         self,
@@ -584,11 +601,10 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         )
         # Cosine similarity with the class names (C + 1, D), at CLIP's temperature: (B, Q, C + 1).
         classifier = self.build_classifier(input_ids, attention_mask, class_embeds)
-        temperature = self.logit_scale.exp()
-        class_queries_logits = temperature * outputs.mask_embeds @ classifier.T
+        class_queries_logits = self.class_logits(outputs.mask_embeds, classifier)
 
         auxiliary = [
-            {"masks_queries_logits": masks, "class_queries_logits": temperature * embeds @ classifier.T}
+            {"masks_queries_logits": masks, "class_queries_logits": self.class_logits(embeds, classifier)}
             for masks, embeds in zip(outputs.auxiliary_masks_queries_logits or (), outputs.auxiliary_mask_embeds or ())
         ]
 

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATI
 
 from san_hf.conversion import convert_checkpoint, export_checkpoint
 from san_hf.hub import from_pretrained
-from san_hf.inference.segmenter import Segmentation, Segmenter
+from san_hf.inference import Segmentation, Segmenter
 from san_hf.modeling import (
     SANConfig,
     SANForSemanticSegmentation,

@@ -20,8 +20,9 @@ from san_hf.devices import pick_device
 from san_hf.evaluation import evaluator
 from san_hf.evaluation.metrics import METRICS
 from san_hf.evaluation.report import RESULTS_FILE, Report, class_rows, console_table, percent, write_results
-from san_hf.inference.segmenter import EMBEDDED_MODEL, EXPANSIONS, load_model
+from san_hf.inference.segmenter import EMBEDDED_MODEL, load_model
 from san_hf.modeling.prompts_san import PROMPT_TEMPLATES
+from san_hf.vocabularies import EXPANSIONS
 
 
 ALL = "all"

@@ -28,7 +28,9 @@ from san_hf.conversion import convert_checkpoint, export_checkpoint
 from san_hf.devices import pick_device
 from san_hf.evaluation.report import results
 from san_hf.hub import resolve
-from san_hf.inference.segmenter import EMBEDDED_MODEL, FORMATS, Segmentation, Segmenter, output_files
+from san_hf.inference import Segmentation, Segmenter
+from san_hf.inference.segmenter import EMBEDDED_MODEL
+from san_hf.inference.writers import FORMATS, output_files
 from san_hf.version import __version__
 
 

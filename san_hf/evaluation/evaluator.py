@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from san_hf.data import DataError, SegmentationDataset
 from san_hf.evaluation.metrics import Results, SegmentationMetrics
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
-from san_hf.inference.predictor import PreparedImage, SemanticPredictor
+from san_hf.inference import Predictor, PreparedImage
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.visualization import Comparison, draw_comparisons
 
@@ -92,7 +92,7 @@ def evaluate(
             differ, as sums of floats depend on how many are computed at once.
         workers: threads that read and resize images ahead; 0 for none.
         limit: only the first so many images.
-        expand, synonyms, templates, augment: see [`SemanticPredictor`].
+        expand, synonyms, templates, augment: see [`Predictor`] and [`Vocabulary`].
         boundary: whether to measure boundaries, too: see [`SegmentationMetrics`].
         worst: how many of the worst images to name.
         skip_broken: go on without examples that can't be read, and list them, rather than stop at the first.
@@ -122,16 +122,9 @@ def evaluate(
     stop = 2**62 if total is None else total
 
     with _evaluation_mode(model):
-        predictor = SemanticPredictor(
-            model,
-            processor,
-            data.class_names,
-            expand=expand,
-            synonyms=synonyms,
-            templates=templates,
-            augment=augment,
-            autocast=accelerator.autocast if accelerator else nullcontext,
-        )
+        autocast = accelerator.autocast if accelerator else nullcontext
+        predictor = Predictor(model, processor, augment=augment, autocast=autocast)
+        vocabulary = predictor.vocabulary(data.class_names, expand=expand, synonyms=synonyms, templates=templates)
         state = _State(SegmentationMetrics(len(data.class_names), data.ignore_index, boundary, model.device), worst)
         store = writer = None
         if output is not None:
@@ -179,7 +172,7 @@ def evaluate(
 
         def segment(examples: list["_Example"]) -> None:
             try:
-                label_maps = predictor([example.inputs for example in examples])
+                label_maps = predictor([example.inputs for example in examples], vocabulary)
             except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
                 names = ", ".join(example.name for example in examples)
                 reason = f"{error}" if isinstance(error, ValueError) else OUT_OF_MEMORY
@@ -265,16 +258,18 @@ def draw_examples(
         data: not streamed.
         indices: of the examples.
         titles: what to write over each example; its name by default.
-        **options: of [`SemanticPredictor`].
+        **options: of [`Predictor`] and [`Vocabulary`].
     """
     examples = [data[index] for index in indices]
     columns: dict[str, list[tuple[np.ndarray, float]]] = {}
     for title, (model, processor) in models.items():
         with _evaluation_mode(model):
-            predictor = SemanticPredictor(model, processor, data.class_names, **options)
+            of_predictor = {name: options.pop(name) for name in ("augment", "autocast") if name in options}
+            predictor = Predictor(model, processor, **of_predictor)
+            vocabulary = predictor.vocabulary(data.class_names, **options)
             columns[title] = []
             for image, label_map, _ in examples:
-                (prediction,) = predictor([predictor.prepare(image)])
+                (prediction,) = predictor([image], vocabulary)
                 metrics = SegmentationMetrics(len(data.class_names), data.ignore_index, device=prediction.device)
                 metrics.update(prediction, label_map)
                 columns[title].append((prediction.cpu().numpy(), metrics.compute().metrics["mIoU"]))

@@ -1,6 +1,10 @@
-"""Images in, label maps out, with what benchmarks ask for: synonyms, larger vocabularies, test-time augmentation."""
+"""Images and a vocabulary in, label maps out: the one path that commands, evaluation and training share.
 
-import re
+It has two steps, as the method allows it: `encode` is all of the vision cost and knows no classes; `classify` is a
+small matrix product and the post-processing. New class names for an encoded image cost no vision pass.
+Shapes: Q queries, D CLIP's joint embedding width, C classes.
+"""
+
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,10 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 
-from san_hf.inference.segmenter import EXPANSIONS
+from san_hf.inference.vocabulary import Autocast, Vocabulary
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling.post_processing_san import MaskPrediction, label_map_and_scores
-from san_hf.vocabularies import load_vocabulary
 
 
 # Of the processor's shortest edge. At SAN's 640: 320, 480, 640, 800, 960 and 1120, each also mirrored; the longest
@@ -23,11 +26,11 @@ AUGMENTATION_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 @dataclass(frozen=True)
 class PreparedImage:
     """
-    What the model takes for one image.
+    The model's inputs for one image.
 
     Attributes:
         target_size: (height, width) of the image.
-        views: the processor's output for each view, on the CPU; every second one of several is mirrored.
+        views: the processor's output for each view, on the CPU; of several views every second one is mirrored.
     """
 
     target_size: tuple[int, int]
@@ -40,71 +43,78 @@ class PreparedImage:
         return tuple(tuple(view["pixel_values"].shape[-2:]) for view in self.views)
 
 
-def split_synonyms(name: str) -> list[str]:
-    """ "television, tv; telly" -> ["television", "tv", "telly"]."""
-    return [part.strip() for part in re.split(r"[,;]", name) if part.strip()]
-
-
-class SemanticPredictor:
+@dataclass(frozen=True)
+class EncodedView:
     """
-    A model with the classes of a benchmark. Their names go through the text tower once.
+    What the model makes of one view of an image, before any class is named.
+
+    Attributes:
+        mask_logits: (Q, h, w), over the whole padded input.
+        mask_embeds: (Q, D), L2-normalised, in CLIP's joint embedding space.
+        image_size: (height, width) of the image inside the padded input.
+        padded_size: (height, width) of that input.
+        mirrored: whether the view was mirrored, left to right.
+    """
+
+    mask_logits: torch.Tensor
+    mask_embeds: torch.Tensor
+    image_size: tuple[int, int]
+    padded_size: tuple[int, int]
+    mirrored: bool
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """
+    An image after the vision pass, on the model's device.
+
+    Attributes:
+        target_size: (height, width) of the image, and of its label maps.
+        views: one, or all of test-time augmentation.
+    """
+
+    target_size: tuple[int, int]
+    views: tuple[EncodedView, ...]
+
+
+class Predictor:
+    """
+    A model and its processor, from images and a vocabulary to label maps.
 
     Args:
         model: in evaluation mode, on its device.
         processor: the model's.
-        class_names: C names, in the order of the labels.
-        expand: "coco" or "coco-stuff" to let pixels also go to COCO-Stuff's 171 classes or its 91 kinds of stuff, if
-            they aren't among the names already. Such pixels get the label C.
-        synonyms: whether a name with commas or semicolons is a list of synonyms: "television, tv". The score of a
-            class for a mask is then that of its best synonym. Otherwise, as in SAN's published figures, the name is
-            put into the prompts as it is.
-        templates: the prompts that names are put into, "vild", "imagenet" or a list; the processor's by default.
-        augment: whether to average the scores of views at `AUGMENTATION_SCALES`, each also mirrored.
-        autocast: a context manager to run the model in, such as `accelerator.autocast()`.
-
-    Raises:
-        ValueError: names that are no vocabulary: blank or repeated ones, or ones without a word.
+        augment: test-time augmentation: the scores of views at `AUGMENTATION_SCALES`, each also mirrored, are averaged.
+        autocast: gives a context manager to run the model in, such as `accelerator.autocast`.
     """
 
     def __init__(
         self,
         model: SANForSemanticSegmentation,
         processor: SANProcessor,
-        class_names: Sequence[str],
         *,
-        expand: str | None = None,
-        synonyms: bool = False,
-        templates: str | Sequence[str] | None = None,
         augment: bool = False,
-        autocast=nullcontext,
+        autocast: Autocast = nullcontext,
     ):
         self.model, self.processor, self.augment, self.autocast = model, processor, augment, autocast
-        self.num_labels = len(class_names)
-        # Two classes may share a synonym, which the text tower then sees once; capitals it doesn't see.
-        groups = [[part.lower() for part in split_synonyms(name)] for name in class_names] if synonyms else []
-        if [] in groups:
-            label = groups.index([])
-            raise ValueError(
-                f"Class {label}, {class_names[label]!r}, has no word: expected at least one between its commas and "
-                "semicolons, or no synonyms."
-            )
-        names = list(dict.fromkeys(part for group in groups for part in group)) if synonyms else list(class_names)
-        every_name = names
-        if expand is not None:
-            if expand not in EXPANSIONS:
-                raise ValueError(f"Can't expand by {expand!r}; there are {list(EXPANSIONS)}.")
-            every_name = processor.expand(names, load_vocabulary(EXPANSIONS[expand]))
-        self.synonyms = None
-        if synonyms:
-            position = {name: index for index, name in enumerate(names)}
-            # The expansion's names and, last, no object are on their own.
-            rows = [[position[name] for name in group] for group in groups]
-            rows += [[index] for index in range(len(names), len(every_name) + 1)]
-            classes = [label for label, row in enumerate(rows) for _ in row]
-            self.synonyms = [index for row in rows for index in row], classes
-        tokens = processor(text=every_name, prompt_templates=templates).to(model.device)
-        with torch.inference_mode(), autocast():
-            self.class_embeds = model.get_class_embeds(**tokens)
+        self._carried: tuple[torch.Tensor | None, Vocabulary] | None = None
+
+    def vocabulary(self, class_names: Sequence[str] | None = None, **options) -> Vocabulary:
+        """
+        A vocabulary for this model.
+
+        Args:
+            class_names: names to encode; `None` for the vocabulary that the model carries.
+            **options: of [`Vocabulary.encode`].
+
+        Raises:
+            ValueError: see [`Vocabulary.encode`] and [`Vocabulary.of_model`].
+        """
+        if class_names is not None:
+            return Vocabulary.encode(self.model, self.processor, class_names, autocast=self.autocast, **options)
+        if self._carried is None or self._carried[0] is not self.model.class_embeds:
+            self._carried = self.model.class_embeds, Vocabulary.of_model(self.model)
+        return self._carried[1]
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """
@@ -120,6 +130,76 @@ class SemanticPredictor:
                 views.append(self.processor(images=ImageOps.mirror(image), size=size))
         return PreparedImage((image.height, image.width), views)
 
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image | PreparedImage]) -> list[EncodedImage]:
+        """
+        The vision pass, once for each view of each image. Images of the same shape share it; others are never padded
+        for another's sake, so that the company of an image does not change its prediction.
+
+        Args:
+            images: see [`Predictor.prepare`], which is called on those that aren't prepared.
+
+        Returns:
+            In the order of the images.
+        """
+        prepared = [image if isinstance(image, PreparedImage) else self.prepare(image) for image in images]
+        by_shape: dict[tuple, list[int]] = {}
+        for index, image in enumerate(prepared):
+            by_shape.setdefault(image.shape, []).append(index)
+        encoded: dict[int, EncodedImage] = {}
+        for indices in by_shape.values():
+            views = [
+                self._encode_views(inputs, mirrored=number % 2 == 1)
+                for number, inputs in enumerate(zip(*(prepared[index].views for index in indices)))
+            ]
+            for index, views_of_image in zip(indices, zip(*views)):
+                encoded[index] = EncodedImage(prepared[index].target_size, views_of_image)
+        return [encoded[index] for index in range(len(prepared))]
+
+    @torch.inference_mode()
+    def classify(self, encoded: Sequence[EncodedImage], vocabulary: Vocabulary | None = None) -> list[torch.Tensor]:
+        """
+        Label maps of encoded images. It needs no vision pass and no text pass.
+
+        Args:
+            encoded: of [`Predictor.encode`].
+            vocabulary: of this model; the one that it carries by default.
+
+        Returns:
+            For each image its label map, of the image's size: (H, W) int64 indices of `vocabulary.class_names`, on the
+            model's device.
+
+        Raises:
+            ValueError: the model's outputs are not finite, or it carries no vocabulary and none is given.
+        """
+        vocabulary = self.vocabulary() if vocabulary is None else vocabulary
+        classifier = self.model.build_classifier(class_embeds=vocabulary.class_embeds)
+        label_maps = []
+        for image in encoded:
+            predictions = []
+            for view in image.views:
+                with self.autocast():
+                    logits = self.model.class_logits(view.mask_embeds, classifier)
+                predictions.append(
+                    MaskPrediction.from_logits(
+                        view.mask_logits,
+                        vocabulary.merge_synonyms(logits),
+                        view.padded_size,
+                        view.image_size,
+                        image.target_size,
+                        view.mirrored,
+                    )
+                )
+            label_map, _ = label_map_and_scores(predictions, vocabulary.num_labels, vocabulary.threshold)
+            label_maps.append(label_map)
+        return label_maps
+
+    def __call__(
+        self, images: Sequence[Image.Image | PreparedImage], vocabulary: Vocabulary | None = None
+    ) -> list[torch.Tensor]:
+        """[`Predictor.encode`], then [`Predictor.classify`]."""
+        return self.classify(self.encode(images), vocabulary)
+
     def _view_sizes(self) -> list[dict[str, int]]:
         size = {name: edge for name, edge in dict(self.processor.image_processor.size).items() if edge}
         if not self.augment:
@@ -132,55 +212,21 @@ class SemanticPredictor:
             for scale in AUGMENTATION_SCALES
         ]
 
-    @torch.inference_mode()
-    def __call__(self, batch: Sequence[PreparedImage]) -> list[torch.Tensor]:
-        """
-        Args:
-            batch: images whose `shape` is the same.
-
-        Returns:
-            For each its label map at its own size: (H, W) int64 with values 0..C - 1, or C for a class of the
-            expansion, on the model's device.
-
-        Raises:
-            ValueError: the model's outputs are not finite.
-        """
-        views = [self._forward(views) for views in zip(*(image.views for image in batch))]
-        sizes = [image.target_size for image in batch]
-        if len(views) == 1:
-            return self.processor.post_process_semantic_segmentation(
-                views[0][1], target_sizes=sizes, num_labels=self.num_labels
-            )
-        return [self._average(views, index, size) for index, size in enumerate(sizes)]
-
-    def _forward(self, inputs: Sequence[BatchFeature]):
-        """The padded size, and the model's outputs with one class logit per class."""
+    def _encode_views(self, inputs: Sequence[BatchFeature], mirrored: bool) -> list[EncodedView]:
+        """The same view of several images of one shape."""
         pixel_values = torch.cat([view["pixel_values"] for view in inputs])
         image_sizes = torch.cat([view["image_sizes"] for view in inputs])
         with self.autocast():
-            outputs = self.model(
-                pixel_values=pixel_values.to(self.model.device, self.model.dtype),
-                image_sizes=image_sizes,
-                class_embeds=self.class_embeds,
+            outputs = self.model.encode_images(pixel_values.to(self.model.device, self.model.dtype))
+        return [
+            EncodedView(
+                mask_logits=mask_logits,
+                mask_embeds=mask_embeds,
+                image_size=tuple(image_size),
+                padded_size=tuple(pixel_values.shape[-2:]),
+                mirrored=mirrored,
             )
-        if self.synonyms is not None:
-            names, classes = torch.tensor(self.synonyms, device=self.model.device)
-            logits = outputs.class_queries_logits[..., names]
-            best = logits.new_full((*logits.shape[:2], int(classes[-1]) + 1), -torch.inf)
-            outputs.class_queries_logits = best.scatter_reduce(2, classes.expand_as(logits), logits, "amax")
-        return tuple(pixel_values.shape[-2:]), outputs
-
-    def _average(self, views: list, index: int, target_size: tuple[int, int]) -> torch.Tensor:
-        """The label map by the average of all views' scores."""
-        predictions = [
-            MaskPrediction.from_logits(
-                outputs.masks_queries_logits[index],
-                outputs.class_queries_logits[index],
-                padded_size,
-                tuple(outputs.image_sizes[index].tolist()),
-                target_size,
-                mirrored=number % 2 == 1,
+            for mask_logits, mask_embeds, image_size in zip(
+                outputs.masks_queries_logits, outputs.mask_embeds, image_sizes.tolist()
             )
-            for number, (padded_size, outputs) in enumerate(views)
         ]
-        return label_map_and_scores(predictions, num_labels=self.num_labels)[0]

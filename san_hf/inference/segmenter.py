@@ -1,134 +1,29 @@
-"""From image files and class names to label maps: what `san-hf segment` does, for use in Python."""
+"""Image files and class names in, segmentations out: what `san-hf segment` does, for use in Python."""
 
-import json
 import os
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, overload
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from san_hf.conversion import RELEASES
 from san_hf.hub import from_pretrained
-from san_hf.images import ImageError
+from san_hf.images import load_image
+from san_hf.inference.predictor import Predictor
+from san_hf.inference.segmentation import Segmentation
+from san_hf.inference.vocabulary import Vocabulary
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
-from san_hf.visualization import OTHER_COLOR, class_colors, colorize, draw_overlay
-from san_hf.vocabularies import load_vocabulary
 
 
-# What a vocabulary can be expanded by, for the argmax to have somewhere else to go.
-EXPANSIONS = {"coco": "coco-stuff", "coco-stuff": "coco-stuff-only"}
 EMBEDDED_MODEL = "picture-book"
-FORMATS = ("overlay", "mask", "json", "png-labels")
+AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
 
 
 class ModelError(ValueError):
     """A model that can't be loaded; the message says why, and what to do."""
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """
-    A segmented image.
-
-    Attributes:
-        image: the picture, upright, 8-bit RGB.
-        label_map: (H, W) uint8, or uint16 beyond 256 labels, of the picture's size; an index of `class_names`.
-        class_names: the caller's, in the caller's order, and last "other" if the vocabulary was expanded.
-        expanded: whether the last label stands for all classes that the vocabulary was expanded by.
-    """
-
-    image: Image.Image
-    label_map: np.ndarray
-    class_names: list[str]
-    expanded: bool = False
-
-    @cached_property
-    def colors(self) -> np.ndarray:
-        """Colour of each label, (C, 3) uint8 RGB; grey for "other"."""
-        colors = class_colors(len(self.class_names))
-        if self.expanded:
-            colors[-1] = OTHER_COLOR
-        return colors
-
-    @cached_property
-    def pixels(self) -> np.ndarray:
-        """Number of pixels of each label, (C,) int64."""
-        return np.bincount(self.label_map.ravel(), minlength=len(self.class_names))
-
-    def legend(self) -> list[dict[str, Any]]:
-        """Every class in label order: its label, name, number and share (0..1) of pixels, and colour ("#rrggbb")."""
-        return [
-            {
-                "label": label,
-                "name": name,
-                "pixels": int(count),
-                "share": float(count / self.label_map.size),
-                "color": "#{:02x}{:02x}{:02x}".format(*color),
-            }
-            for label, (name, count, color) in enumerate(zip(self.class_names, self.pixels, self.colors))
-        ]
-
-    def overlay(self) -> Image.Image:
-        """The picture under its label map, with names and a legend: see [`draw_overlay`]."""
-        return draw_overlay(self.image, self.label_map, self.class_names, self.colors)
-
-    def mask(self) -> Image.Image:
-        """The label map in colours, of the picture's size."""
-        return colorize(self.label_map, self.colors)
-
-    def save(self, stem: str | os.PathLike, formats: Sequence[str] = FORMATS, **facts: Any) -> list[Path]:
-        """
-        Writes files whose names start with `stem`: `.overlay.png`, `.mask.png`, `.json` (the legend and the size), and
-        for "png-labels" `.labels.png` (one label per pixel, 8-bit or 16-bit grey) with its legend in `.json`.
-
-        Args:
-            stem: path without extension. Files that are there already are replaced, each at once when it is complete.
-            formats: out of `FORMATS`.
-            **facts: further entries of the JSON file.
-
-        Returns:
-            The files.
-        """
-        written = []
-        for path in output_files(stem, formats):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{os.getpid()}.part")
-            try:
-                if path.name.endswith(".json"):
-                    size = {"width": self.image.width, "height": self.image.height}
-                    text = json.dumps(facts | size | {"classes": self.legend()}, indent=2, ensure_ascii=False)
-                    partial.write_text(text + "\n", encoding="utf-8")
-                elif path.name.endswith(".labels.png"):
-                    Image.fromarray(self.label_map).save(partial, format="png")
-                else:
-                    (self.overlay() if path.name.endswith(".overlay.png") else self.mask()).save(partial, format="png")
-                os.replace(partial, path)
-            finally:
-                partial.unlink(missing_ok=True)
-            written.append(path)
-        return written
-
-
-def output_files(stem: str | os.PathLike, formats: Sequence[str]) -> list[Path]:
-    """
-    The files that [`Segmentation.save`] writes.
-
-    Raises:
-        ValueError: an unknown format.
-    """
-    endings = {"overlay": [".overlay.png"], "mask": [".mask.png"], "json": [".json"]}
-    endings["png-labels"] = [".labels.png", ".json"]
-    unknown = [name for name in formats if name not in endings]
-    if unknown:
-        raise ValueError(f"Unknown formats {unknown}; there are {list(endings)}.")
-    wanted = dict.fromkeys(ending for name in formats for ending in endings[name])
-    return [Path(f"{os.fspath(stem)}{ending}") for ending in wanted]
 
 
 class Segmenter:
@@ -138,11 +33,14 @@ class Segmenter:
     Args:
         model: in evaluation mode, on its device.
         processor: the model's.
-        class_names: words for what to look for. `None` for the vocabulary that the model carries.
-        expand: "coco" or "coco-stuff" to let pixels also go to COCO-Stuff's 171 classes or its 91 kinds of stuff.
-            Those that aren't in `class_names` become one last label, "other".
-        templates: the prompts that names are put into, "vild", "imagenet" or a list of one's own; the processor's by
-            default.
+        class_names: words for what to look for, or a [`Vocabulary`] of this model. `None` for the vocabulary that the
+            model carries.
+        augment: test-time augmentation, see [`Predictor`].
+        **options: `synonyms`, `expand`, `templates`, `threshold`: see [`Vocabulary.encode`].
+
+    Attributes:
+        predictor: the [`Predictor`].
+        vocabulary: the [`Vocabulary`]; another one may be set at any time.
 
     Raises:
         ValueError: names that are no vocabulary (none, blank, repeated), no names and a model without a vocabulary.
@@ -152,32 +50,22 @@ class Segmenter:
         self,
         model: SANForSemanticSegmentation,
         processor: SANProcessor,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Vocabulary | None = None,
         *,
-        expand: str | None = None,
-        templates: str | Sequence[str] | None = None,
+        augment: bool = False,
+        **options: Any,
     ):
-        self.model, self.processor = model, processor
-        self.class_embeds = self.num_own = None
-        if class_names is None:
-            if expand is not None:
-                raise ValueError("Only class names that are given can be expanded, not those that a model carries.")
-            if not model.config.vocabulary_size:
-                raise ValueError("This model carries no class names of its own: name what to look for.")
-            self.class_names = [model.config.id2label[label] for label in range(model.config.vocabulary_size)]
-            return
-        expansion = None
-        if expand is not None:
-            if expand not in EXPANSIONS:
-                raise ValueError(f"Can't expand by {expand!r}; there are {list(EXPANSIONS)}.")
-            expansion = load_vocabulary(EXPANSIONS[expand])
-        tokens = processor(text=class_names, expansion=expansion, prompt_templates=templates).to(model.device)
-        self.class_names = [name.strip() for name in class_names]
-        if expand is not None:
-            self.num_own = len(self.class_names)
-            self.class_names.append("other")
-        with torch.inference_mode():
-            self.class_embeds = model.get_class_embeds(**tokens)
+        self.predictor = Predictor(model, processor, augment=augment)
+        if isinstance(class_names, Vocabulary) or class_names is None:
+            if any(value for value in options.values()):
+                raise ValueError(
+                    "Only class names that are given can be expanded or changed, not those of a vocabulary or those "
+                    f"that a model carries: got {', '.join(name for name, value in options.items() if value)}."
+                )
+        if isinstance(class_names, Vocabulary):
+            self.vocabulary = class_names
+        else:
+            self.vocabulary = self.predictor.vocabulary(class_names, **(options if class_names is not None else {}))
 
     @classmethod
     def from_pretrained(
@@ -185,10 +73,9 @@ class Segmenter:
         name_or_path: str | os.PathLike = EMBEDDED_MODEL,
         class_names: Sequence[str] | None = None,
         *,
-        expand: str | None = None,
-        templates: str | Sequence[str] | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> "Segmenter":
         """
         Loads a model by name, as [`san_hf.hub.from_pretrained`] does; the rest as above.
@@ -198,58 +85,60 @@ class Segmenter:
             ValueError: names that are no vocabulary.
         """
         model, processor = load_model(name_or_path, dtype)
-        return cls(model.to(device).eval(), processor, class_names, expand=expand, templates=templates)
+        return cls(model.to(device).eval(), processor, class_names, **options)
 
-    @torch.inference_mode()
-    def __call__(self, image: str | os.PathLike | Image.Image) -> Segmentation:
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the labels; "other" is the last if there is one."""
+        return list(self.vocabulary.class_names)
+
+    @overload
+    def __call__(self, images: AnyImage, batch_size: int = 1) -> Segmentation: ...
+
+    @overload
+    def __call__(self, images: Sequence[AnyImage], batch_size: int = 1) -> list[Segmentation]: ...
+
+    @overload
+    def __call__(self, images: Iterable[AnyImage], batch_size: int = 1) -> Iterator[Segmentation]: ...
+
+    def __call__(self, images, batch_size=1):
         """
-        Segments one image, at its own size.
+        Segments images, each at its own size.
 
         Args:
-            image: a file that Pillow reads, turned upright by its EXIF orientation, or a PIL image, taken as it is.
+            images: an image, a list or tuple of images, or an iterator of images. An image is a file that Pillow
+                reads, turned upright by its EXIF orientation; a URL; or a PIL image, an array or a tensor, taken as it
+                is: see [`san_hf.images.load_image`].
+            batch_size: images of a list or iterator that are read at a time; those of one shape go through the model
+                together.
+
+        Returns:
+            Of an image its segmentation, of a list a list, of an iterator an iterator, which reads as it goes.
 
         Raises:
-            ImageError: the file can't be read.
+            ImageError: an image can't be read.
+            ValueError: `batch_size` is not positive.
         """
-        image = self.load_image(image)
-        inputs = self.processor(images=image).to(self.model.device)
-        outputs = self.model(
-            pixel_values=inputs["pixel_values"].to(self.model.dtype),
-            image_sizes=inputs["image_sizes"],
-            class_embeds=self.class_embeds,
-        )
-        (label_map,) = self.processor.post_process_semantic_segmentation(
-            outputs, target_sizes=[(image.height, image.width)], num_labels=self.num_own
-        )
-        dtype = np.uint8 if len(self.class_names) <= 256 else np.uint16
-        return Segmentation(image, label_map.cpu().numpy().astype(dtype), self.class_names, self.num_own is not None)
+        if batch_size < 1:
+            raise ValueError(f"Got batch_size={batch_size}, expected at least 1.")
+        if isinstance(images, AnyImage):
+            (segmentation,) = self._segment([images])
+            return segmentation
+        segmentations = self._segment_all(iter(images), batch_size)
+        return list(segmentations) if isinstance(images, list | tuple) else segmentations
 
-    def load_image(self, image: str | os.PathLike | Image.Image) -> Image.Image:
-        """
-        An image as the model takes it: upright, 8-bit RGB, laid on white where transparent.
+    def _segment_all(self, images: Iterator[AnyImage], batch_size: int) -> Iterator[Segmentation]:
+        while batch := list(islice(images, batch_size)):
+            yield from self._segment(batch)
 
-        Raises:
-            ImageError: the file can't be read.
-        """
-        if not isinstance(image, Image.Image) and not os.path.isfile(image):
-            raise ImageError("there is no such file")
-        try:
-            with warnings.catch_warnings():
-                # Beyond its limit Pillow first warns, and refuses at twice of it.
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                pixels = self.processor.image_processor.process_image(image, do_convert_rgb=True, do_rescale=True)
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise ImageError(
-                f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against files made to fill the "
-                "memory: scale it down first"
-            ) from error
-        except UnidentifiedImageError as error:
-            reason = "not an image, or of a format Pillow can't read" if os.path.getsize(image) else "the file is empty"
-            raise ImageError(reason) from error
-        # A broken file makes Pillow's readers fail in many ways: OSError, SyntaxError, struct.error, IndexError, ...
-        except Exception as error:
-            raise ImageError(f"can't be read: {error or type(error).__name__}") from error
-        return Image.fromarray(np.moveaxis(np.asarray(pixels), 0, -1))
+    def _segment(self, batch: Sequence[AnyImage]) -> list[Segmentation]:
+        images = [load_image(image) for image in batch]
+        label_maps = self.predictor(images, self.vocabulary)
+        dtype = np.uint8 if len(self.vocabulary.class_names) <= 256 else np.uint16
+        return [
+            Segmentation(image, label_map.cpu().numpy().astype(dtype), self.class_names, self.vocabulary.has_other)
+            for image, label_map in zip(images, label_maps)
+        ]
 
 
 def load_model(

@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from san_hf.inference import Predictor
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.modeling.prompts_san import PROMPT_TEMPLATES
 from san_hf.picture_book import scenes as book
@@ -295,11 +296,11 @@ def measure(
 ) -> dict[str, float]:
     """What [`san_hf.picture_book.scenes.measure`] says of the model, every class name of the book competing."""
     names = list(book.CLASS_NAMES)
-    class_embeds = model.get_class_embeds(**processor(text=names, return_tensors="pt"))
+    predictor = Predictor(model, processor)
+    vocabulary = predictor.vocabulary(names)
 
     def segment(image: Image.Image) -> np.ndarray:
-        outputs = model(**processor(images=image, return_tensors="pt"), class_embeds=class_embeds)
-        return processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0].numpy()
+        return predictor([image], vocabulary)[0].numpy()
 
     return book.measure(segment, pages, seed)
 

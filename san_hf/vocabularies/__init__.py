@@ -14,6 +14,8 @@ VOCABULARIES = (
     "pascal-context-459",
     "voc",
 )
+# What a caller's classes can be expanded by, for pixels that are none of them.
+EXPANSIONS = {"coco": "coco-stuff", "coco-stuff": "coco-stuff-only"}
 
 
 def load_vocabulary(name: str) -> list[str]:
@@ -46,4 +48,4 @@ def _load_classes(name: str) -> list[dict]:
     return [entry for entry in classes if not entry["thing"]] if name == "coco-stuff-only" else classes
 
 
-__all__ = ["VOCABULARIES", "load_class_ids", "load_vocabulary"]
+__all__ = ["EXPANSIONS", "VOCABULARIES", "load_class_ids", "load_vocabulary"]

@@ -16,10 +16,10 @@ from transformers import CLIPModel
 from typer.testing import CliRunner
 
 from san_hf.cli import app
-from san_hf.inference.segmenter import EXPANSIONS, Segmenter
+from san_hf.inference.segmenter import Segmenter
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.visualization import OTHER_COLOR, class_colors
-from san_hf.vocabularies import load_vocabulary
+from san_hf.vocabularies import EXPANSIONS, load_vocabulary
 from tests.tiny import tiny_config, tiny_tokenizer
 
 
@@ -500,8 +500,8 @@ def test_an_interrupted_write_leaves_nothing(photo, model_folder, tmp_path, monk
     """Catches half a file under its final name, or left behind under another."""
     segmentation = Segmenter.from_pretrained(model_folder, CLASSES)(photo)
 
-    def fail(self, path, **kwargs):
-        Path(path).write_bytes(b"half a pict")
+    def fail(self, file, **kwargs):
+        file.write(b"half a pict")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)

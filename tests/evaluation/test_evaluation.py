@@ -24,8 +24,9 @@ from san_hf.evaluation.evaluator import EvaluationError, draw_examples, evaluate
 from san_hf.evaluation.metrics import SegmentationMetrics
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
 from san_hf.hub import from_pretrained
-from san_hf.inference.predictor import AUGMENTATION_SCALES, SemanticPredictor, split_synonyms
-from san_hf.inference.segmenter import Segmenter
+from san_hf.inference import Predictor, Segmenter
+from san_hf.inference.predictor import AUGMENTATION_SCALES
+from san_hf.inference.vocabulary import split_synonyms
 from san_hf.picture_book.scenes import CLASS_NAMES, draw_scene
 from san_hf.visualization import (
     COMPARISON_SIZE,
@@ -229,8 +230,8 @@ def test_augmentation_is_the_average(loaded, data):
     model, processor = loaded
     image = data[0][0]
     names = data.class_names[:12]
-    predictor = SemanticPredictor(model, processor, names, augment=True)
-    (got,) = predictor([predictor.prepare(image)])
+    predictor = Predictor(model, processor, augment=True)
+    (got,) = predictor([predictor.prepare(image)], predictor.vocabulary(names))
     total = torch.zeros(len(names), image.height, image.width)
     tokens = processor(text=names)
     for scale in AUGMENTATION_SCALES:
@@ -247,8 +248,8 @@ def test_augmentation_is_the_average(loaded, data):
     expected = total.argmax(0)
     assert len(expected.unique()) > 2
     assert (got != expected).sum() <= 2
-    single = SemanticPredictor(model, processor, names)
-    assert (single([single.prepare(image)])[0] != expected).sum() > 20, "augmentation changes nothing here"
+    single = Predictor(model, processor)
+    assert (single([image], single.vocabulary(names))[0] != expected).sum() > 20, "augmentation changes nothing here"
 
 
 def test_augmentation_at_the_published_sizes():
@@ -263,8 +264,8 @@ def test_synonyms(loaded, data):
     model, processor = loaded
     names = ["sky", "red boat, striped boat", "water", "yellow tree, Sky, purple tree"]
     image = data[0][0]
-    predictor = SemanticPredictor(model, processor, names, synonyms=True)
-    (got,) = predictor([predictor.prepare(image)])
+    predictor = Predictor(model, processor)
+    (got,) = predictor([image], predictor.vocabulary(names, synonyms=True))
 
     words = ["sky", "red boat", "striped boat", "water", "yellow tree", "purple tree"]
     with torch.inference_mode():
@@ -276,9 +277,8 @@ def test_synonyms(loaded, data):
     assert torch.equal(got, expected)
     assert (got == 0).any()  # "sky" goes to the first class that has it
     with pytest.raises(ValueError, match="Class 1, ';', has no word"):
-        SemanticPredictor(model, processor, ["sky", ";"], synonyms=True)
-    as_given = SemanticPredictor(model, processor, names)
-    assert not torch.equal(as_given([as_given.prepare(image)])[0], got)
+        predictor.vocabulary(["sky", ";"], synonyms=True)
+    assert not torch.equal(predictor([image], predictor.vocabulary(names))[0], got)
 
 
 def test_expansion_is_a_miss(loaded, data):

@@ -125,7 +125,9 @@ def test_folder_carries_its_code_and_nothing_else(folder):
         "image_processing_san.py",
         "loss_san.py",
         "modeling_san.py",
+        "post_processing_san.py",
         "processing_san.py",
+        "prompts_san.py",
         "side_adapter_san.py",
     }
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]

@@ -1,0 +1,82 @@
+"""Output formats of a segmentation: one function a format's file, and one table of them."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from san_hf.files import new_file
+
+
+if TYPE_CHECKING:
+    from san_hf.inference.segmentation import Segmentation
+
+# Writes one file; the last argument are further facts for those that have room for them.
+Writer = Callable[["Segmentation", BinaryIO, Mapping[str, Any]], None]
+
+
+def write_overlay(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """PNG: the image under its label map, with names and a legend."""
+    segmentation.overlay().save(file, format="png")
+
+
+def write_mask(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """PNG: the label map in colours."""
+    segmentation.mask().save(file, format="png")
+
+
+def write_labels(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """PNG: one label per pixel, 8-bit grey, or 16-bit beyond 256 labels."""
+    from PIL import Image
+
+    Image.fromarray(segmentation.label_map).save(file, format="png")
+
+
+def write_legend(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """JSON: the facts, the image's size, and every class with its label, share of pixels and colour."""
+    size = {"width": segmentation.image.width, "height": segmentation.image.height}
+    content = {**facts, **size, "classes": segmentation.legend()}
+    file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+
+
+# Format -> the files it consists of, by the ending that follows the image's name.
+WRITERS: dict[str, dict[str, Writer]] = {
+    "overlay": {".overlay.png": write_overlay},
+    "mask": {".mask.png": write_mask},
+    "json": {".json": write_legend},
+    "png-labels": {".labels.png": write_labels, ".json": write_legend},
+}
+FORMATS = tuple(WRITERS)
+
+
+def output_files(stem: str | os.PathLike, formats: Sequence[str]) -> list[Path]:
+    """
+    The files that [`Segmentation.save`] writes.
+
+    Raises:
+        ValueError: an unknown format.
+    """
+    return [Path(f"{os.fspath(stem)}{ending}") for ending in _writers(formats)]
+
+
+def write_formats(
+    segmentation: "Segmentation", stem: str | os.PathLike, formats: Sequence[str], facts: Mapping[str, Any]
+) -> list[Path]:
+    """See [`Segmentation.save`]."""
+    written = []
+    for ending, write in _writers(formats).items():
+        path = Path(f"{os.fspath(stem)}{ending}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
+            write(segmentation, file, facts)
+        written.append(path)
+    return written
+
+
+def _writers(formats: Sequence[str]) -> dict[str, Writer]:
+    """By ending, each once."""
+    unknown = [name for name in formats if name not in WRITERS]
+    if unknown:
+        raise ValueError(f"Unknown formats {unknown}; there are {list(WRITERS)}.")
+    return {ending: write for name in formats for ending, write in WRITERS[name].items()}
