@@ -1,16 +1,10 @@
-"""A model's figures on a data set: image by image, over any number of processes, and resumable."""
+"""Evaluation of a model on a data set: image by image, over any number of processes, and resumable."""
 
-import heapq
-import io
 import os
 import shutil
-import zlib
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +13,100 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import IterableDataset
-from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from san_hf.data import DataError, SegmentationDataset
+from san_hf.devices import OUT_OF_MEMORY
+from san_hf.evaluation.batches import BrokenExample, Example, ShapeBatches, computed_ahead, rows
 from san_hf.evaluation.metrics import Results, SegmentationMetrics
+from san_hf.evaluation.pictures import KeptExample, KeptExamples, draw_examples
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
-from san_hf.inference import Predictor, PreparedImage
+from san_hf.evaluation.resume import EvaluationError, EvaluationState, StateFile, model_checksum, writing_to
+from san_hf.inference import Predictor, Vocabulary
+from san_hf.inference.predictor import evaluation_mode
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
-from san_hf.visualization import Comparison, draw_comparisons
+from san_hf.progress import progress_bar
 
 
 PREDICTIONS_FILE = "predictions.json"
-OUT_OF_MEMORY = "out of memory: try a batch size of 1, bfloat16, or another device."
-
-
-class EvaluationError(ValueError):
-    """An evaluation that can't be made or continued; the message says why, and what to do."""
+PROGRESS_FOLDER = "progress"
 
 
 @dataclass(frozen=True)
 class Evaluation(Results):
     """
-    The figures, and what else came up.
+    The metrics of a data set, and what else was found.
 
     Attributes:
         worst: (index, mIoU of the image alone in percent) of the images with the lowest, lowest first; as many as
             were asked for.
+        random: indices of random images that aren't among the worst, as many as there are to draw.
         broken: what is wrong with each example that was left out, in the order of the examples.
+        examples: those to draw, with their predictions, by index: see [`san_hf.evaluation.pictures.draw_kept`].
     """
 
     worst: list[tuple[int, float]] = field(default_factory=list)
+    random: list[int] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    examples: dict[int, KeptExample] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """
+    How to evaluate.
+
+    Attributes:
+        batch_size: images at a time, of the same shape only, as padding would change what the model sees. The default,
+            1, gives the same metrics to the last digit however the images are spread; with larger ones a pixel may
+            differ, as sums of floats depend on how many are computed at once.
+        workers: threads that read and resize images ahead; 0 for none.
+        limit: only the first so many images.
+        expand, synonyms, templates: see [`Vocabulary.encode`].
+        augment: see [`Predictor`].
+        boundary: whether to measure boundaries, too: see [`SegmentationMetrics`].
+        worst: how many of the worst images to name.
+        pictures: how many of the worst and of random images to keep, with their predictions, for drawing.
+        seed: of the random images.
+        keep: indices of more examples to keep for drawing.
+        skip_broken: go on without examples that can't be read, and list them, rather than stop at the first.
+        output: a folder for "progress/", what `resume` needs, and the predictions.
+        save_every: how many images of a process to lose at most when it is killed.
+        resume: go on where an evaluation with the same `output`, the same settings, and as many processes was
+            interrupted. Where there is nothing to go on from, it starts from the first image, as it does otherwise.
+        predictions: whether to write `output`/predictions.json: see [`encode_predictions`] and [`merge_predictions`].
+        progress: what to call the progress bar on standard error; `None` for no bar.
+
+    Raises:
+        ValueError: options that can't be.
+    """
+
+    batch_size: int = 1
+    workers: int = 2
+    limit: int | None = None
+    expand: str | None = None
+    synonyms: bool = False
+    templates: str | Sequence[str] | None = None
+    augment: bool = False
+    boundary: bool = False
+    worst: int = 0
+    pictures: int = 0
+    seed: int = 0
+    keep: Sequence[int] = ()
+    skip_broken: bool = False
+    output: str | os.PathLike | None = None
+    save_every: int = 100
+    resume: bool = False
+    predictions: bool = False
+    progress: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.predictions and self.output is None:
+            raise ValueError("Predictions need an output folder: pass output.")
+        too_low = min(self.batch_size, self.save_every) < 1 or min(self.workers, self.worst, self.pictures) < 0
+        if too_low or (self.limit is not None and self.limit < 1):
+            raise ValueError(
+                "batch_size, save_every and limit must be at least 1, workers, worst and pictures at least 0."
+            )
 
 
 def evaluate(
@@ -60,48 +115,22 @@ def evaluate(
     data: SegmentationDataset,
     *,
     accelerator: Accelerator | None = None,
-    batch_size: int = 1,
-    workers: int = 2,
-    limit: int | None = None,
-    expand: str | None = None,
-    synonyms: bool = False,
-    templates: str | Sequence[str] | None = None,
-    augment: bool = False,
-    boundary: bool = False,
-    worst: int = 0,
-    skip_broken: bool = False,
-    output: str | os.PathLike | None = None,
-    save_every: int = 100,
-    resume: bool = False,
-    predictions: bool = False,
-    progress: str | None = None,
+    vocabulary: Vocabulary | None = None,
+    **options: Any,
 ) -> Evaluation:
     """
-    Segments every image of a data set by the names of its classes, and compares.
+    Segments every image of a data set by the names of its classes, and compares with its label maps.
 
-    Each process takes every n-th image, none twice, and counts of pixels are added up at the end: the number of
-    processes changes no figure. Label maps and scores are never kept.
+    Each process takes every n-th image; no image is counted twice, and counts of pixels are added up at the end: the
+    number of processes changes no metric. Label maps and scores are never kept, but for the examples to draw.
 
     Args:
         model: unwrapped, on its device. Which of its parts are in training mode is as before afterwards.
         processor: the model's.
         data: a split of a data set; its class names are looked for, whatever vocabulary the model carries.
         accelerator: of a run of several processes, all of which call this; the model runs under its mixed precision.
-        batch_size: images at a time, of the same size only, as padding would change what the model sees. The default,
-            1, gives the same figures to the last digit however the images are spread; with larger ones a pixel may
-            differ, as sums of floats depend on how many are computed at once.
-        workers: threads that read and resize images ahead; 0 for none.
-        limit: only the first so many images.
-        expand, synonyms, templates, augment: see [`Predictor`] and [`Vocabulary`].
-        boundary: whether to measure boundaries, too: see [`SegmentationMetrics`].
-        worst: how many of the worst images to name.
-        skip_broken: go on without examples that can't be read, and list them, rather than stop at the first.
-        output: a folder for "progress/", what `resume` needs, and the predictions.
-        save_every: how many images of a process to lose at most when it is killed.
-        resume: go on where an evaluation with the same `output`, the same settings, and as many processes was
-            interrupted. Where there is nothing to go on from, it starts anew, as it always does otherwise.
-        predictions: whether to write `output`/predictions.json: see [`encode_predictions`] and [`merge_predictions`].
-        progress: what to call the progress bar on standard error; `None` for no bar.
+        vocabulary: the data's class names, if they were encoded before, by this model as it is.
+        **options: see [`EvaluationOptions`].
 
     Returns:
         The same in all processes.
@@ -111,362 +140,219 @@ def evaluate(
         EvaluationError: nothing to go on from that fits, no image at all, a model whose outputs aren't finite, too
             little memory, or a folder that can't be written.
     """
-    if predictions and output is None:
-        raise ValueError("Predictions need an output folder: pass output.")
-    if min(batch_size, save_every) < 1 or workers < 0 or worst < 0 or (limit is not None and limit < 1):
-        raise ValueError("batch_size, save_every and limit must be at least 1, workers and worst at least 0.")
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    wait = accelerator.wait_for_everyone if accelerator else lambda: None
-    streamed = isinstance(data.dataset, IterableDataset)
-    total = limit if streamed else min(len(data), limit or len(data))
-    stop = 2**62 if total is None else total
-
-    with _evaluation_mode(model):
+    settings = EvaluationOptions(**options)
+    with evaluation_mode(model):
         autocast = accelerator.autocast if accelerator else nullcontext
-        predictor = Predictor(model, processor, augment=augment, autocast=autocast)
-        vocabulary = predictor.vocabulary(data.class_names, expand=expand, synonyms=synonyms, templates=templates)
-        state = _State(SegmentationMetrics(len(data.class_names), data.ignore_index, boundary, model.device), worst)
-        store = writer = None
-        if output is not None:
-            folder = Path(output)
-            settings = {
-                "processes": world,
-                "batch size": batch_size,
-                "data set": [data.name, data.split, total, list(data.class_names), data.ignore_index],
-                "label shift": data.label_shift,
-                # Of the files' paths, or of the cache that they were read into, and the columns: it is the same in
-                # another process. Streams have none.
-                "fingerprint of the data set": None if streamed else data.dataset._fingerprint,
-                "model": _checksum(model, processor),
-                "dtype": str(model.dtype),
-                "expansion": expand,
-                "synonyms": synonyms,
-                "templates": templates if templates is None or isinstance(templates, str) else list(templates),
-                "augmentation": augment,
-                "boundaries": boundary,
-                "predictions": predictions,
-                "worst images": worst,
-            }
-            with _writing(folder):
-                if rank == 0:
-                    if not resume:
-                        shutil.rmtree(folder / "progress", ignore_errors=True)
-                    (folder / "progress").mkdir(parents=True, exist_ok=True)
-                    # Predictions that no state has led to are of another evaluation.
-                    if not all((folder / "progress" / f"{other}.pt").exists() for other in range(world)):
-                        (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
-                wait()
-                store = _Store(folder / "progress" / f"{rank}.pt", settings)
-                store.load(state)
-                if predictions and not (folder / PREDICTIONS_FILE).exists():
-                    writer = PredictionWriter(folder / "progress" / f"{rank}.jsonl", state.predictions_size)
+        predictor = Predictor(model, processor, augment=settings.augment, autocast=autocast)
+        if vocabulary is None:
+            vocabulary = predictor.vocabulary(
+                data.class_names, expand=settings.expand, synonyms=settings.synonyms, templates=settings.templates
+            )
+        elif vocabulary.num_labels != len(data.class_names):
+            raise ValueError(
+                f"The vocabulary has {vocabulary.num_labels} classes, {data.name} has {len(data.class_names)}: "
+                "expected the vocabulary of the data's class names."
+            )
+        return _Process(predictor, vocabulary, data, settings, accelerator).run()
 
-        def save() -> None:
-            if store is not None:
-                with _writing(folder):
-                    if writer is not None:
-                        state.predictions_size = writer.flush()
-                    store.save(state)
 
-        ids = category_ids(data.class_names)
+class _Process:
+    """The part of an evaluation that this process does: every n-th image."""
 
-        def segment(examples: list["_Example"]) -> None:
-            try:
-                label_maps = predictor([example.inputs for example in examples], vocabulary)
-            except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-                names = ", ".join(example.name for example in examples)
-                reason = f"{error}" if isinstance(error, ValueError) else OUT_OF_MEMORY
-                raise EvaluationError(f"{data.name}: {names}: {reason}") from error
-            for example, prediction in zip(examples, label_maps):
-                state.count(example.index, prediction, example.label_map)
-                if writer is not None:
-                    entries = encode_predictions(prediction.cpu().numpy(), ids, example.name)
-                    with _writing(folder):
-                        writer.write(example.index, entries)
+    def __init__(
+        self,
+        predictor: Predictor,
+        vocabulary: Vocabulary,
+        data: SegmentationDataset,
+        options: EvaluationOptions,
+        accelerator: Accelerator | None,
+    ):
+        self.predictor, self.vocabulary, self.data = predictor, vocabulary, data
+        self.options, self.accelerator = options, accelerator
+        self.rank, self.world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        self.streamed = isinstance(data.dataset, IterableDataset)
+        self.total = options.limit if self.streamed else min(len(data), options.limit or len(data))
+        self.stop = 2**62 if self.total is None else self.total
+        self.ids = category_ids(data.class_names)
+        self.folder = None if options.output is None else Path(options.output)
+        self.state = EvaluationState(self._new_metrics(options.boundary), self._new_kept())
+        self.file: StateFile | None = None
+        self.writer: PredictionWriter | None = None
 
-        def prepare(index: int, row: dict[str, Any]) -> "_Example":
-            try:
-                image, label_map, name = data.example(row, index)
-            except DataError as error:
-                return _Example(index, error=error)
-            return _Example(index, name, predictor.prepare(image), torch.from_numpy(label_map))
-
-        waiting = _Batches(batch_size, segment)
-        rows = _rows(data, range(rank + state.done * world, stop, world))
-        bar = _progress_bar(progress if rank == 0 else None)
+    def run(self) -> Evaluation:
+        if self.folder is not None:
+            self._open(self.folder)
         try:
-            with bar, _ahead(prepare, rows, workers) as examples:
-                task = bar.add_task(progress or "", total=total, completed=min(state.done * world, stop), speed="")
-                started, before = bar.get_time(), state.done
-                for example in examples:
-                    if example.error is None:
-                        waiting.add(example)
-                    elif skip_broken:
-                        state.broken.append((example.index, str(example.error)))
-                    else:
-                        waiting.finish()
-                        save()
-                        raise example.error
-                    state.done += 1
-                    if state.done % save_every == 0:
-                        waiting.finish()
-                        save()
-                    speed = (state.done - before) * world / max(bar.get_time() - started, 1e-9)
-                    bar.update(task, completed=min(state.done * world, stop), speed=f"{speed:.2f} images/s")
-                waiting.finish()
-            save()
+            self._count_images()
+            self._save()
         finally:
-            if writer is not None:
-                writer.close()
+            if self.writer is not None:
+                self.writer.close()
+        self._wait()
+        if self.folder is not None and self.writer is not None:
+            self._merge_predictions(self.folder)
+        return self._collect()
 
-    wait()
-    if writer is not None:
-        if rank == 0:
-            parts = [folder / "progress" / f"{other}.jsonl" for other in range(world)]
-            with _writing(folder):
-                merge_predictions(parts, folder / PREDICTIONS_FILE)
-        wait()
-        os.unlink(folder / "progress" / f"{rank}.jsonl")
-    metrics = state.metrics
-    broken, worst_images = state.broken, state.worst
-    if accelerator is not None:
-        metrics.reduce(accelerator)
-        broken, worst_images = gather_object(broken), gather_object(worst_images)
-    broken = [message for _, message in sorted(broken)]
-    if not metrics.num_images:
-        raise EvaluationError(
-            f"{data.name}: none of the images of {data.split} could be used"
-            + (f", the first because: {broken[0]}" if broken else ".")
-        )
-    worst_images = [(index, -score) for score, index in sorted(worst_images, reverse=True)[:worst]]
-    return Evaluation(**vars(metrics.compute(data.class_names)), worst=worst_images, broken=broken)
+    def _new_metrics(self, boundary: bool) -> SegmentationMetrics:
+        device = self.predictor.model.device
+        return SegmentationMetrics(len(self.data.class_names), self.data.ignore_index, boundary, device)
 
+    def _new_kept(self) -> KeptExamples:
+        options = self.options
+        if options.pictures and self.streamed:
+            raise ValueError("Random images can't be chosen from streamed data: leave pictures out.")
+        order = np.random.default_rng(options.seed).permutation(self.total).tolist() if options.pictures else ()
+        return KeptExamples(max(options.worst, options.pictures), options.pictures, order, options.keep)
 
-def draw_examples(
-    models: dict[str, tuple[SANForSemanticSegmentation, SANProcessor]],
-    data: SegmentationDataset,
-    indices: Sequence[int],
-    titles: Sequence[str] | None = None,
-    **options: Any,
-) -> Image.Image:
-    """
-    A picture of what models make of some examples, a row for each: image, ground truth, and for each model its
-    prediction and its errors, with the image's own mIoU.
+    def _open(self, folder: Path) -> None:
+        """Makes the output ready, for a new evaluation or to go on with one."""
+        with writing_to(folder):
+            progress = folder / PROGRESS_FOLDER
+            if self.rank == 0:
+                if not self.options.resume:
+                    shutil.rmtree(progress, ignore_errors=True)
+                progress.mkdir(parents=True, exist_ok=True)
+                # Predictions that no state has led to are of another evaluation.
+                if not all((progress / f"{other}.pt").exists() for other in range(self.world)):
+                    (folder / PREDICTIONS_FILE).unlink(missing_ok=True)
+            self._wait()
+            self.file = StateFile(progress / f"{self.rank}.pt", self._settings())
+            self.file.load(self.state)
+            if self.options.predictions and not (folder / PREDICTIONS_FILE).exists():
+                self.writer = PredictionWriter(progress / f"{self.rank}.jsonl", self.state.predictions_size)
 
-    Args:
-        models: model and processor by what to call them.
-        data: not streamed.
-        indices: of the examples.
-        titles: what to write over each example; its name by default.
-        **options: of [`Predictor`] and [`Vocabulary`].
-    """
-    examples = [data[index] for index in indices]
-    columns: dict[str, list[tuple[np.ndarray, float]]] = {}
-    for title, (model, processor) in models.items():
-        with _evaluation_mode(model):
-            of_predictor = {name: options.pop(name) for name in ("augment", "autocast") if name in options}
-            predictor = Predictor(model, processor, **of_predictor)
-            vocabulary = predictor.vocabulary(data.class_names, **options)
-            columns[title] = []
-            for image, label_map, _ in examples:
-                (prediction,) = predictor([image], vocabulary)
-                metrics = SegmentationMetrics(len(data.class_names), data.ignore_index, device=prediction.device)
-                metrics.update(prediction, label_map)
-                columns[title].append((prediction.cpu().numpy(), metrics.compute().metrics["mIoU"]))
-    comparisons = [
-        Comparison(
-            title=name if titles is None else titles[row],
-            image=image,
-            label_map=label_map,
-            predictions={title: column[row][0] for title, column in columns.items()},
-            scores={title: column[row][1] for title, column in columns.items()},
-        )
-        for row, (image, label_map, name) in enumerate(examples)
-    ]
-    return draw_comparisons(comparisons, data.class_names, data.ignore_index)
+    def _settings(self) -> dict[str, Any]:
+        """All that the state depends on."""
+        data, options, model = self.data, self.options, self.predictor.model
+        templates = options.templates
+        return {
+            "processes": self.world,
+            "batch size": options.batch_size,
+            "data set": [data.name, data.split, self.total, list(data.class_names), data.ignore_index],
+            "label shift": data.label_shift,
+            # Of the files' paths, or of the cache that they were read into, and the columns: it is the same in
+            # another process. Streams have none.
+            "fingerprint of the data set": None if self.streamed else data.dataset._fingerprint,
+            "model": model_checksum(model, self.predictor.processor),
+            "dtype": str(model.dtype),
+            "expansion": options.expand,
+            "synonyms": options.synonyms,
+            "templates": templates if templates is None or isinstance(templates, str) else list(templates),
+            "augmentation": options.augment,
+            "boundaries": options.boundary,
+            "predictions": options.predictions,
+            "worst images": options.worst,
+            "images to draw": [options.pictures, options.seed, sorted(options.keep)],
+        }
 
+    def _count_images(self) -> None:
+        state, options = self.state, self.options
+        batches = ShapeBatches(options.batch_size, self._segment)
+        remaining = rows(self.data, range(self.rank + state.done * self.world, self.stop, self.world))
+        bar = progress_bar(hidden=options.progress is None or self.rank > 0)
+        with bar, computed_ahead(self._prepare, remaining, options.workers) as examples:
+            task = bar.add_task(
+                options.progress or "", total=self.total, completed=min(state.done * self.world, self.stop), speed=""
+            )
+            started, before = bar.get_time(), state.done
+            for example in examples:
+                if isinstance(example, Example):
+                    batches.add(example)
+                elif options.skip_broken:
+                    state.broken.append((example.index, str(example.error)))
+                else:
+                    batches.finish()
+                    self._save()
+                    raise example.error
+                state.done += 1
+                if state.done % options.save_every == 0:
+                    batches.finish()
+                    self._save()
+                speed = (state.done - before) * self.world / max(bar.get_time() - started, 1e-9)
+                bar.update(task, completed=min(state.done * self.world, self.stop), speed=f"{speed:.2f} images/s")
+            batches.finish()
 
-@dataclass
-class _Example:
-    """An image with its label map, or what is wrong with it."""
-
-    index: int
-    name: str = ""
-    inputs: PreparedImage | None = None
-    label_map: torch.Tensor | None = None
-    error: DataError | None = None
-
-
-class _Batches:
-    """Collects examples by their shape, and hands them on as soon as there is a batch of one."""
-
-    def __init__(self, size: int, function: Callable[[list[_Example]], None]):
-        self.size, self.function = size, function
-        self.waiting: dict[tuple, list[_Example]] = defaultdict(list)
-
-    def add(self, example: _Example) -> None:
-        shape = example.inputs.shape
-        self.waiting[shape].append(example)
-        if len(self.waiting[shape]) == self.size:
-            self.function(self.waiting.pop(shape))
-        elif sum(map(len, self.waiting.values())) == 8 * self.size:
-            # Of many shapes few may ever make a whole batch.
-            self.function(self.waiting.pop(max(self.waiting, key=lambda shape: len(self.waiting[shape]))))
-
-    def finish(self) -> None:
-        while self.waiting:
-            self.function(self.waiting.popitem()[1])
-
-
-class _State:
-    """What a process knows after the first `done` of its images."""
-
-    def __init__(self, metrics: SegmentationMetrics, num_worst: int):
-        self.metrics, self.num_worst = metrics, num_worst
-        self.done = 0
-        self.broken: list[tuple[int, str]] = []  # with the index
-        self.worst: list[tuple[float, int]] = []  # a heap of (-mIoU, index)
-        self.predictions_size = 0
-
-    def count(self, index: int, prediction: torch.Tensor, label_map: torch.Tensor) -> None:
-        if not self.num_worst:
-            self.metrics.update(prediction, label_map)
-            return
-        total = self.metrics
-        own = SegmentationMetrics(total.num_labels, total.ignore_index, total.boundary, total.device)
-        own.update(prediction, label_map)
-        total.merge(own)
-        score = own.compute().metrics["mIoU"]
-        if not np.isnan(score):
-            heapq.heappush(self.worst, (-score, index))
-            # The heap's root is the lowest of -mIoU: the best of them.
-            if len(self.worst) > self.num_worst:
-                heapq.heappop(self.worst)
-
-    def state_dict(self) -> dict[str, Any]:
-        metrics = {key: v.cpu() if torch.is_tensor(v) else v for key, v in self.metrics.state_dict().items()}
-        facts = {key: getattr(self, key) for key in ("done", "broken", "worst", "predictions_size")}
-        return facts | {"metrics": metrics}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.metrics.load_state_dict(state["metrics"])
-        for key in ("done", "broken", "worst", "predictions_size"):
-            setattr(self, key, state[key])
-
-
-class _Store:
-    """The file with a process's state, which is complete whenever it is there."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path, self.settings = path, settings
-
-    def save(self, state: _State) -> None:
-        partial, content = self.path.with_suffix(".part"), io.BytesIO()
-        # torch.save into a file would turn a full disk's error into one of its own.
-        torch.save({"settings": self.settings, "state": state.state_dict()}, content)
-        with open(partial, "wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
-
-    def load(self, state: _State) -> None:
-        """
-        Raises:
-            EvaluationError: the file can't be read, or is of other settings.
-        """
-        if not self.path.exists():
-            return
+    def _prepare(self, index: int, row: dict[str, Any]) -> Example | BrokenExample:
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            settings = saved["settings"]
-        # Broken files make torch fail in ways of its own.
-        except Exception as error:
-            raise EvaluationError(f"'{self.path}' can't be read: {error}. Evaluate anew, without resuming.") from error
-        for name, value in self.settings.items():
-            if settings.get(name) != value:
-                was, now = (f"{setting!s:.100}" for setting in (settings.get(name), value))
-                difference = f"; it was {was} and is {now} now" if was != now else ""
-                raise EvaluationError(
-                    f"'{self.path.parent}' is of another evaluation: the {name} differs{difference}. Use the same "
-                    "options, or evaluate anew, without resuming."
+            image, label_map, name = self.data.example(row, index)
+        except DataError as error:
+            return BrokenExample(index, error)
+        return Example(index, name, image, label_map, self.predictor.prepare(image))
+
+    def _segment(self, examples: list[Example]) -> None:
+        try:
+            label_maps = self.predictor([example.inputs for example in examples], self.vocabulary)
+        except (ValueError, *OUT_OF_MEMORY) as error:
+            names = ", ".join(example.name for example in examples)
+            advice = "out of memory: try a batch size of 1, bfloat16, or another device."
+            reason = f"{error}" if isinstance(error, ValueError) else advice
+            raise EvaluationError(f"{self.data.name}: {names}: {reason}") from error
+        for example, prediction in zip(examples, label_maps):
+            self._count(example, prediction)
+
+    def _count(self, example: Example, prediction: torch.Tensor) -> None:
+        state = self.state
+        if not state.kept.needs_scores:
+            state.metrics.update(prediction, example.label_map)
+        else:
+            own = self._new_metrics(self.options.boundary)
+            own.update(prediction, example.label_map)
+            state.metrics.merge(own)
+            score = own.compute().metrics["mIoU"]
+            if state.kept.offer(example.index, score):
+                kept = KeptExample.of(
+                    example.index, example.name, example.image, example.label_map, prediction.cpu().numpy(), score
                 )
-        state.load_state_dict(saved["state"])
+                state.kept.keep(kept)
+        if self.folder is not None and self.writer is not None:
+            entries = encode_predictions(prediction.cpu().numpy(), self.ids, example.name)
+            with writing_to(self.folder):
+                self.writer.write(example.index, entries)
+
+    def _save(self) -> None:
+        if self.folder is None or self.file is None:
+            return
+        with writing_to(self.folder):
+            if self.writer is not None:
+                self.state.predictions_size = self.writer.flush()
+            self.file.save(self.state)
+
+    def _merge_predictions(self, folder: Path) -> None:
+        parts = [folder / PROGRESS_FOLDER / f"{other}.jsonl" for other in range(self.world)]
+        if self.rank == 0:
+            with writing_to(folder):
+                merge_predictions(parts, folder / PREDICTIONS_FILE)
+        self._wait()
+        os.unlink(parts[self.rank])
+
+    def _collect(self) -> Evaluation:
+        """The metrics over all processes."""
+        metrics, kept, broken = self.state.metrics, self.state.kept, self.state.broken
+        if self.accelerator is not None:
+            metrics.reduce(self.accelerator)
+            broken = gather_object(broken)
+            all_kept = gather_object([kept])
+            kept = self._new_kept()
+            kept.merge(all_kept)
+        messages = [message for _, message in sorted(broken)]
+        if not metrics.num_images:
+            raise EvaluationError(
+                f"{self.data.name}: none of the images of {self.data.split} could be used"
+                + (f", the first because: {messages[0]}" if messages else ".")
+            )
+        worst, random = kept.worst_first(), kept.random_first()
+        wanted = {index for index, _ in worst} | {*random} | {*self.options.keep}
+        return Evaluation(
+            **vars(metrics.compute(self.data.class_names)),
+            worst=worst,
+            random=random,
+            broken=messages,
+            examples={index: example for index, example in kept.examples.items() if index in wanted},
+        )
+
+    def _wait(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
 
 
-def _checksum(model: SANForSemanticSegmentation, processor: SANProcessor) -> str:
-    """Changes with any weight and with the processor's settings."""
-    checksum = zlib.crc32(repr(sorted(processor.to_dict().items(), key=str)).encode())
-    for tensor in model.state_dict().values():
-        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a process's share of it
-        values = tensor.detach().cpu().contiguous().flatten()
-        checksum = zlib.crc32(values.view(torch.uint8).numpy(), checksum)
-    return f"{checksum:08x}"
-
-
-def _rows(data: SegmentationDataset, indices: range) -> Iterator[tuple[int, dict[str, Any]]]:
-    if isinstance(data.dataset, IterableDataset):
-        for index, row in enumerate(islice(data.dataset, indices.stop)):
-            if index in indices:
-                yield index, row
-    else:
-        for index in indices:
-            yield index, data.dataset[index]
-
-
-@contextmanager
-def _ahead(function: Callable, items: Iterable[tuple], workers: int) -> Iterator[Iterator]:
-    """The function's results for the items, in their order, computed ahead by threads."""
-    if not workers:
-        yield (function(*item) for item in items)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        pending = deque()
-
-        def results() -> Iterator:
-            for item in items:
-                pending.append(pool.submit(function, *item))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-
-        try:
-            yield results()
-        finally:
-            for future in pending:
-                future.cancel()
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise EvaluationError(
-            f"Can't write to '{folder}': {error.strerror or error}. What was noted before is kept: resume from it once "
-            "this is mended."
-        ) from error
-
-
-@contextmanager
-def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _progress_bar(description: str | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=description is None,
-    )
+__all__ = ["Evaluation", "EvaluationError", "EvaluationOptions", "draw_examples", "evaluate"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from san_hf.files import new_file
 from san_hf.vocabularies import load_class_ids, load_vocabulary
 
 
@@ -82,23 +83,17 @@ def merge_predictions(parts: Sequence[Path], output: Path) -> None:
     Each entry also gets an "image_id": the file's name as a number, "000000000139.jpg" -> 139, if that tells all
     images apart; otherwise the image's index.
     """
-    partial = output.with_name(f".{output.name}.part")
     numbers = [_file_number(entries[0]["file_name"]) for part in parts for _, entries in _read(part) if entries]
     numbered = None not in numbers and len(set(numbers)) == len(numbers)
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            separator = "["
-            for index, entries in heapq.merge(*map(_read, parts), key=lambda line: line[0]):
-                for entry in entries:
-                    image_id = _file_number(entry["file_name"]) if numbered else index
-                    file.write(f"{separator}\n{json.dumps({'image_id': image_id, **entry}, ensure_ascii=False)}")
-                    separator = ","
-            file.write("\n]\n" if separator == "," else "[]\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(output) as file:
+        separator = "["
+        for index, entries in heapq.merge(*map(_read, parts), key=lambda line: line[0]):
+            for entry in entries:
+                image_id = _file_number(entry["file_name"]) if numbered else index
+                line = json.dumps({"image_id": image_id, **entry}, ensure_ascii=False)
+                file.write(f"{separator}\n{line}".encode())
+                separator = ","
+        file.write(b"\n]\n" if separator == "," else b"[]\n")
 
 
 def _file_number(name: str) -> int | None:

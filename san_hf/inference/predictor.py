@@ -5,8 +5,8 @@ small matrix product and the post-processing. New class names for an encoded ima
 Shapes: Q queries, D CLIP's joint embedding width, C classes.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -230,3 +230,15 @@ class Predictor:
                 outputs.masks_queries_logits, outputs.mask_embeds, image_sizes.tolist()
             )
         ]
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode for a block; which parts of the model are in training mode is afterwards as it was before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

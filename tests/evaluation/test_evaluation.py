@@ -575,7 +575,7 @@ def test_full_disk(loaded, data, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("san_hf.evaluation.evaluator.os.fsync", full)
+    monkeypatch.setattr("san_hf.files.os.fsync", full)
     with pytest.raises(EvaluationError, match=f"{tmp_path}.*No space left"):
         evaluate(*loaded, data, limit=2, output=tmp_path, resume=True)
     assert state.read_bytes() == before
