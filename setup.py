@@ -34,6 +34,8 @@ setup(
     package_data={
         "san_hf": [
             "py.typed",
+            "*.pyi",
+            "*/*.pyi",
             "*/README.md",
             "checkpoints/**/*",
             "conversion/*.gz",
@@ -53,6 +55,7 @@ setup(
         "filelock>=3.15",
         "huggingface_hub>=1.31",
         "jinja2>=3.1",
+        "lazy_loader>=0.4",
         "numpy>=1.26",
         "pillow>=11.0",
         "pycocotools>=2.0.8",

@@ -3,156 +3,176 @@
 import os
 import shutil
 from collections.abc import Sequence
-from enum import Enum
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import datasets
-import numpy as np
-import torch
 import typer
-from accelerate import Accelerator
 from rich.console import Console
 
-from san_hf.data import DataError, SegmentationDataset, load_segmentation_dataset
+from san_hf.cli.console import quiet_libraries, show, table_console
+from san_hf.cli.options import (
+    EMBEDDED_MODEL,
+    DeviceOption,
+    ExpandOption,
+    ModelOption,
+    OverwriteOption,
+    Precision,
+    PrecisionOption,
+    TemplatesOption,
+    value_of,
+)
 from san_hf.data.benchmarks import BENCHMARKS
-from san_hf.devices import pick_device
-from san_hf.evaluation import evaluator
-from san_hf.evaluation.metrics import METRICS
-from san_hf.evaluation.report import RESULTS_FILE, Report, class_rows, console_table, percent, write_results
-from san_hf.inference.segmenter import EMBEDDED_MODEL, load_model
-from san_hf.modeling.prompts_san import PROMPT_TEMPLATES
-from san_hf.vocabularies import EXPANSIONS
+from san_hf.messages import join_some
 
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from san_hf.data import SegmentationDataset
+    from san_hf.evaluation.evaluator import Evaluation
+    from san_hf.evaluation.report import Report
+    from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+
+    Models = dict[str, tuple[SANForSemanticSegmentation, SANProcessor]]
 
 ALL = "all"
-PICTURES_FILE, COMPARED_FOLDER = "pictures.png", "compared"
+PICTURES_FILE, COMPARED_FOLDER, PROGRESS_FOLDER = "pictures.png", "compared", "progress"
 
-Expansion = Enum("Expansion", {name: name for name in EXPANSIONS}, type=str)
-Templates = Enum("Templates", {name: name for name in PROMPT_TEMPLATES}, type=str)
-Precision = Enum("Precision", {name: name for name in ("float32", "bfloat16", "float16")}, type=str)
+SourcesOption = Annotated[
+    list[str],
+    typer.Option(
+        "--dataset",
+        "-d",
+        metavar="SET",
+        show_default=False,
+        help="What to measure on; may be repeated. A folder that san-hf prepare wrote; a folder with images/ and "
+        "labels/ and a classes.txt; a dataset on the Hugging Face Hub; a benchmark's name, to be found in "
+        "--data-root; or all, for the six benchmarks there.",
+    ),
+]
+DataRootOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", show_default=False, help=f"The folder that holds {', '.join(BENCHMARKS)}, once prepared."
+    ),
+]
+SplitOption = Annotated[str, typer.Option(metavar="SPLIT", help="Which part of the set.")]
+OutputOption = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="Each set's results go to a folder in here.")
+]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on with an interrupted run; what is finished is not done again.")
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", show_default=False, help="Only the first N images.")
+]
+AugmentOption = Annotated[
+    bool,
+    typer.Option("--tta", help="Test-time augmentation: six sizes, each also mirrored. About 17 times the pixels."),
+]
+BoundaryOption = Annotated[bool, typer.Option("--boundary", help="Boundary IoU, too.")]
+PerClassOption = Annotated[bool, typer.Option("--per-class", help="Print the table of the classes, too.")]
+PredictionsOption = Annotated[
+    bool, typer.Option("--predictions", help="Write predictions.json, in the format of COCO-Stuff.")
+]
+PicturesOption = Annotated[
+    int,
+    typer.Option(
+        min=0, metavar="N", help="Draw the N worst images and N random ones, with their errors: pictures.png."
+    ),
+]
+CompareOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        show_default=False,
+        help="Evaluate this model as well, and draw it beside, such as the one before fine-tuning.",
+    ),
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of the choice of random images.")]
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LIST",
+        show_default=False,
+        help="The class names in the order of the labels, if the set doesn't say: a file (text with one name a line, "
+        "or JSON, a list or mapping), or a benchmark's name.",
+    ),
+]
+SynonymsOption = Annotated[
+    bool,
+    typer.Option(
+        "--synonyms",
+        help='Take the name "television, tv" for two words, of which the better one counts. By default names are '
+        "put into the prompts as they are, as in SAN's published results.",
+    ),
+]
+ColumnOption = Annotated[str | None, typer.Option(metavar="NAME", show_default=False)]
+IgnoreIndexOption = Annotated[
+    int | None,
+    typer.Option(metavar="LABEL", show_default=False, help="The label of pixels that have none; usually 255."),
+]
+LabelShiftOption = Annotated[
+    int, typer.Option(metavar="N", help="Added to the labels; -1 where they start at 1 and 0 means none.")
+]
+StreamingOption = Annotated[
+    bool, typer.Option("--streaming", help="Read a dataset from the Hub while evaluating, without a download.")
+]
+SkipBrokenOption = Annotated[
+    bool,
+    typer.Option("--skip-broken", help="Leave out images that can't be read, and name them, rather than stop."),
+]
+BatchSizeOption = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Images of the same size at a time: faster on a GPU.")
+]
+WorkersOption = Annotated[int, typer.Option(min=0, metavar="N", help="Threads that read images ahead.")]
+SaveEveryOption = Annotated[
+    int, typer.Option(min=1, metavar="N", help="After how many images to note the state, for --resume.")
+]
 
 
 def evaluate(
-    sources: Annotated[
-        list[str],
-        typer.Option(
-            "--dataset",
-            "-d",
-            metavar="SET",
-            show_default=False,
-            help="What to measure on; may be repeated. A folder that san-hf prepare wrote; a folder with images/ and "
-            "labels/ and a classes.txt; a dataset on the Hugging Face Hub; a benchmark's name, to be found in "
-            "--data-root; or all, for the six benchmarks there.",
-        ),
-    ],
-    model: Annotated[
-        str, typer.Option("--model", "-m", metavar="MODEL", help="A folder, or a name as in segment.")
-    ] = EMBEDDED_MODEL,
-    data_root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", show_default=False, help=f"The folder that holds {', '.join(BENCHMARKS)}, once prepared."
-        ),
-    ] = None,
-    split: Annotated[str, typer.Option(metavar="SPLIT", help="Which part of the set.")] = "validation",
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Each set's results go to a folder in here.")
-    ] = Path("outputs/evaluation"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run; what is finished is not done again.")
-    ] = False,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", show_default=False, help="Only the first N images.")
-    ] = None,
-    augment: Annotated[
-        bool,
-        typer.Option("--tta", help="Test-time augmentation: six sizes, each also mirrored. About 17 times the pixels."),
-    ] = False,
-    boundary: Annotated[bool, typer.Option("--boundary", help="Boundary IoU, too.")] = False,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Print the table of the classes, too.")] = False,
-    predictions: Annotated[
-        bool, typer.Option("--predictions", help="Write predictions.json, in the format of COCO-Stuff.")
-    ] = False,
-    pictures: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", help="Draw the N worst images and N random ones, with their errors: pictures.png."
-        ),
-    ] = 0,
-    compare_with: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            show_default=False,
-            help="Evaluate this model as well, and draw it beside, such as the one before fine-tuning.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of random images.")] = 0,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="LIST",
-            show_default=False,
-            help="The class names in the order of the labels, if the set doesn't say: a file with one a line, or a "
-            "benchmark's name.",
-        ),
-    ] = None,
-    expand: Annotated[
-        Expansion | None,
-        typer.Option(show_default=False, help="Let pixels go elsewhere, too, as in segment: there they are wrong."),
-    ] = None,
-    synonyms: Annotated[
-        bool,
-        typer.Option(
-            "--synonyms",
-            help='Take the name "television, tv" for two words, of which the better one counts. By default names are '
-            "put into the prompts as they are, as in SAN's published figures.",
-        ),
-    ] = False,
-    templates: Annotated[
-        Templates | None,
-        typer.Option(show_default=False, help="The sentences that names are put into; by default the model's own."),
-    ] = None,
-    image_column: Annotated[str | None, typer.Option(metavar="NAME", show_default=False)] = None,
-    label_column: Annotated[str | None, typer.Option(metavar="NAME", show_default=False)] = None,
-    ignore_index: Annotated[
-        int | None,
-        typer.Option(metavar="LABEL", show_default=False, help="The label of pixels that have none; usually 255."),
-    ] = None,
-    label_shift: Annotated[
-        int, typer.Option(metavar="N", help="Added to the labels; -1 where they start at 1 and 0 means none.")
-    ] = 0,
-    streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read a dataset from the Hub while evaluating, without a download.")
-    ] = False,
-    skip_broken: Annotated[
-        bool,
-        typer.Option("--skip-broken", help="Leave out images that can't be read, and name them, rather than stop."),
-    ] = False,
-    batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Images of the same size at a time: faster on a GPU.")
-    ] = 1,
-    workers: Annotated[int, typer.Option(min=0, metavar="N", help="Threads that read images ahead.")] = 2,
-    save_every: Annotated[
-        int, typer.Option(min=1, metavar="N", help="After how many images to note the state, for --resume.")
-    ] = 100,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")
-    ] = "auto",
-    dtype: Annotated[Precision, typer.Option(help="Precision to compute in.")] = Precision.float32,
+    sources: SourcesOption,
+    model: ModelOption = EMBEDDED_MODEL,
+    data_root: DataRootOption = None,
+    split: SplitOption = "validation",
+    output: OutputOption = Path("outputs/evaluation"),
+    overwrite: OverwriteOption = False,
+    resume: ResumeOption = False,
+    limit: LimitOption = None,
+    augment: AugmentOption = False,
+    boundary: BoundaryOption = False,
+    per_class: PerClassOption = False,
+    predictions: PredictionsOption = False,
+    pictures: PicturesOption = 0,
+    compare_with: CompareOption = None,
+    seed: SeedOption = 0,
+    classes: ClassesOption = None,
+    expand: ExpandOption = None,
+    synonyms: SynonymsOption = False,
+    templates: TemplatesOption = None,
+    image_column: ColumnOption = None,
+    label_column: ColumnOption = None,
+    ignore_index: IgnoreIndexOption = None,
+    label_shift: LabelShiftOption = 0,
+    streaming: StreamingOption = False,
+    skip_broken: SkipBrokenOption = False,
+    batch_size: BatchSizeOption = 1,
+    workers: WorkersOption = 2,
+    save_every: SaveEveryOption = 100,
+    device: DeviceOption = "auto",
+    dtype: PrecisionOption = Precision.float32,
 ) -> None:
     """
     Measure how well a model segments images with known labels.
 
     For example: `san-hf evaluate --model san-vit-b-16 --dataset data/voc`
 
-    On several GPUs: `accelerate launch -m san_hf.cli evaluate ...`, which changes no figure.
+    On several GPUs: `accelerate launch -m san_hf.cli evaluate ...`, which changes no metric.
 
     Ends with status 0 if all images counted, 1 if some were left out by --skip-broken, 2 if it failed.
     """
-    datasets.disable_progress_bars()
     if resume and overwrite:
         raise ValueError("--resume goes on with earlier results, --overwrite drops them: give one of them.")
     if streaming and pictures:
@@ -161,108 +181,184 @@ def evaluate(
         raise ValueError("--compare-with draws two models side by side: say how many images by --pictures N.")
     if compare_with == model:
         raise ValueError(f"--compare-with is the model itself, {model!r}: expected another one.")
-    accelerator = None
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device not in ("auto", "cpu"):
-            raise ValueError(f"Got --device {device} for several processes: each has its own, leave the option out.")
-        # Accelerate joins processes without a GPU only if it is told that CPUs are meant. The precision is --dtype's,
-        # whatever was set for Accelerate.
-        accelerator = Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision="no")
-    main = accelerator is None or accelerator.is_main_process
-    wait = accelerator.wait_for_everyone if accelerator else lambda: None
-
-    all_data = [
-        load_segmentation_dataset(
-            source,
-            split,
-            image_column=image_column,
-            label_column=label_column,
-            class_names=classes,
-            ignore_index=ignore_index,
-            label_shift=label_shift,
-            streaming=streaming,
-        )
-        for source in find_datasets(sources, data_root)
-    ]
-    folders = name_folders([data.name for data in all_data], output)
-    for folder in folders:
-        check_folder(folder, resume, overwrite)
-    wait()  # before any of them begins to write
-    if main and overwrite:
-        for folder in folders:
-            # What this run may not replace; evaluate and write_results replace the rest.
-            (folder / PICTURES_FILE).unlink(missing_ok=True)
-            shutil.rmtree(folder / COMPARED_FOLDER, ignore_errors=True)
-
-    place = accelerator.device if accelerator else pick_device(device)
-    models = {}
-    for name in filter(None, (compare_with, model)):
-        loaded, processor = load_model(name, getattr(torch, dtype.value))
-        models[name] = loaded.to(place).eval(), processor
-    options = {
-        "expand": expand and expand.value,
-        "synonyms": synonyms,
-        "templates": templates and templates.value,
-        "augment": augment,
-    }
-    settings = options | {
-        "limit": limit,
-        "dtype": dtype.value,
-        "batch_size": batch_size,
+    quiet_libraries()
+    accelerator = join_processes(device)
+    how_to_read = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "class_names": classes,
+        "ignore_index": ignore_index,
         "label_shift": label_shift,
+        "streaming": streaming,
     }
-
-    reports, broken = [], []
+    # What changes the metrics, for results.json.
+    settings = {
+        "expand": value_of(expand),
+        "synonyms": synonyms,
+        "templates": value_of(templates),
+        "augment": augment,
+        "limit": limit,
+        "batch_size": batch_size,
+    }
+    evaluation = Evaluations(
+        model=model,
+        compare_with=compare_with,
+        accelerator=accelerator,
+        settings=settings | {"dtype": dtype.value, "label_shift": label_shift},
+        options=settings
+        | {"boundary": boundary, "skip_broken": skip_broken, "workers": workers}
+        | {"save_every": save_every, "resume": resume, "seed": seed},
+        pictures=pictures,
+        predictions=predictions,
+    )
+    all_data = load_data(find_datasets(sources, data_root), split, how_to_read)
+    folders = prepare_folders([data.name for data in all_data], output, resume, overwrite, accelerator)
+    models = load_models([model, *([compare_with] if compare_with else [])], device, dtype.value, accelerator)
     for data, folder in zip(all_data, folders):
-        evaluations = {}
-        for name, (loaded, processor) in models.items():
-            into = folder if name == model else folder / COMPARED_FOLDER
-            evaluation = evaluator.evaluate(
-                loaded,
-                processor,
-                data,
-                accelerator=accelerator,
-                batch_size=batch_size,
-                workers=workers,
-                limit=limit,
-                boundary=boundary,
-                worst=pictures,
-                skip_broken=skip_broken,
-                output=into,
-                save_every=save_every,
-                resume=resume,
-                predictions=predictions and name == model,
-                progress=data.name if len(models) == 1 else f"{data.name}, {Path(name).name}",
-                **options,
-            )
-            evaluations[name] = evaluation
-            if main:
-                used = {
-                    "templates": settings["templates"] or processor.prompt_templates,
-                    "ignore_index": data.ignore_index,
-                }
-                extra = {"left_out": evaluation.broken} if evaluation.broken else {}
-                facts = {"model": name, "dataset": data.name, "split": data.split, "settings": settings | used | extra}
-                reports.append(write_results(into, evaluation, **facts))
-        broken += evaluations[model].broken
-        if main and pictures:
-            draw_pictures(folder, models, evaluations, data, evaluations[model].worst, pictures, limit, seed, options)
-        wait()
-    if main:
-        print_reports(reports, folders, per_class)
-        for message in broken:
-            Console(stderr=True, soft_wrap=True).print(f"Left out: {message}", markup=False, highlight=False)
-    wait()  # a launcher ends them all when the first ends with status 1
+        evaluation.measure(models, data, folder)
+    if evaluation.is_main:
+        print_reports(evaluation.reports, folders, per_class)
+        for message in evaluation.broken:
+            show(f"Left out: {message}", error=True)
+    evaluation.wait()  # a launcher ends them all when the first ends with status 1
     if accelerator is not None:
         accelerator.end_training()
         accelerator.state.destroy_process_group()
-    if broken:
+    if evaluation.broken:
         raise typer.Exit(1)
+
+
+@dataclass
+class Evaluations:
+    """
+    The evaluations of a command: one for each data set and model.
+
+    Attributes:
+        model: what is measured.
+        compare_with: another model beside it, if any.
+        accelerator: of a run of several processes.
+        settings: what results.json says about how it was measured.
+        options: of [`san_hf.evaluation.evaluator.EvaluationOptions`], for all of them.
+        pictures: how many of the worst and of random images to draw.
+        predictions: whether to write the model's predictions.
+        reports: of the finished ones; only in the main process.
+        broken: examples of `model` that were left out.
+    """
+
+    model: str
+    compare_with: str | None
+    accelerator: "Accelerator | None"
+    settings: dict[str, Any]
+    options: dict[str, Any]
+    pictures: int
+    predictions: bool
+    reports: "list[Report]" = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator is None or self.accelerator.is_main_process
+
+    def wait(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def measure(self, models: "Models", data: "SegmentationDataset", folder: Path) -> None:
+        """Evaluates all models on a data set, and writes results and pictures."""
+        own = self._evaluate(
+            models, self.model, data, folder, {"pictures": self.pictures, "predictions": self.predictions}
+        )
+        titles = {index: f"worst {number}" for number, (index, _) in enumerate(own.worst, start=1)}
+        titles |= dict.fromkeys(own.random, "random")
+        columns, reports = {self.model: own}, [self._report(self.model, models, data, own, folder)]
+        if self.compare_with is not None:
+            compared = folder / COMPARED_FOLDER
+            other = self._evaluate(models, self.compare_with, data, compared, {"keep": sorted(titles)})
+            columns = {self.compare_with: other, self.model: own}
+            reports.insert(0, self._report(self.compare_with, models, data, other, compared))
+        self.broken += own.broken
+        if self.is_main:
+            self.reports += [report for report in reports if report is not None]
+            if titles:
+                draw_pictures(folder / PICTURES_FILE, columns, titles, data)
+        self.wait()
+
+    def _evaluate(
+        self, models: "Models", name: str, data: "SegmentationDataset", folder: Path, options: dict[str, Any]
+    ) -> "Evaluation":
+        from san_hf.evaluation.evaluator import evaluate
+
+        progress = data.name if len(models) == 1 else f"{data.name}, {Path(name).name}"
+        return evaluate(
+            *models[name],
+            data,
+            accelerator=self.accelerator,
+            output=folder,
+            progress=progress,
+            **self.options,
+            **options,
+        )
+
+    def _report(
+        self, name: str, models: "Models", data: "SegmentationDataset", evaluation: "Evaluation", folder: Path
+    ) -> "Report | None":
+        from san_hf.evaluation.report import write_results
+
+        if not self.is_main:
+            return None
+        settings = self.settings | {
+            "templates": self.settings["templates"] or models[name][1].prompt_templates,
+            "ignore_index": data.ignore_index,
+        }
+        if evaluation.broken:
+            settings["left_out"] = evaluation.broken
+        return write_results(folder, evaluation, model=name, dataset=data.name, split=data.split, settings=settings)
+
+
+def join_processes(device: str) -> "Accelerator | None":
+    """
+    The accelerator of a run of several processes; `None` for a single one.
+
+    Raises:
+        ValueError: a device is named for all of them.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return None
+    from accelerate import Accelerator
+
+    from san_hf.devices import pick_device
+
+    if device not in ("auto", "cpu"):
+        raise ValueError(f"Got --device {device} for several processes: each has its own, leave the option out.")
+    # Accelerate joins processes without a GPU only if it is told that CPUs are meant. The precision is --dtype's,
+    # whatever was set for Accelerate.
+    return Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision="no")
+
+
+def load_data(sources: Sequence[str], split: str, how_to_read: dict[str, Any]) -> "list[SegmentationDataset]":
+    from san_hf.data import load_segmentation_dataset
+
+    return [load_segmentation_dataset(source, split, **how_to_read) for source in sources]
+
+
+def load_models(names: Sequence[str], device: str, dtype: str, accelerator: "Accelerator | None") -> "Models":
+    """Models by name, in evaluation mode, on their device."""
+    import torch
+
+    from san_hf.devices import pick_device
+    from san_hf.inference.segmenter import load_model
+
+    where = accelerator.device if accelerator is not None else pick_device(device)
+    models = {}
+    for name in names:
+        model, processor = load_model(name, getattr(torch, dtype))
+        models[name] = model.to(where).eval(), processor
+    return models
 
 
 def find_datasets(sources: Sequence[str], root: Path | None) -> list[str]:
     """
-    The sets that are meant: benchmarks by name are in `root`.
+    The data sets that are named: benchmarks by name are in `root`.
 
     Raises:
         ValueError: a benchmark that isn't there, or a set twice.
@@ -283,13 +379,30 @@ def find_datasets(sources: Sequence[str], root: Path | None) -> list[str]:
             f"There is no folder {', '.join(missing)}. Make it by `san-hf prepare {Path(missing[0]).name} --source DIR "
             f"--output {missing[0]}`."
         )
-    if twice := {source for source in found if found.count(source) > 1}:
-        raise ValueError(f"Got {', '.join(sorted(twice))} twice, expected each set once.")
+    if repeated := sorted({source for source in found if found.count(source) > 1}):
+        raise ValueError(f"Got {join_some(repeated)} twice, expected each set once.")
     return found
 
 
+def prepare_folders(
+    names: Sequence[str], output: Path, resume: bool, overwrite: bool, accelerator: "Accelerator | None"
+) -> list[Path]:
+    """The folder of each data set's results, checked by all processes before the first of them writes."""
+    folders = name_folders(names, output)
+    for folder in folders:
+        check_folder(folder, resume, overwrite)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    if overwrite and (accelerator is None or accelerator.is_main_process):
+        for folder in folders:
+            # What this run may not replace; evaluate and write_results replace the rest.
+            (folder / PICTURES_FILE).unlink(missing_ok=True)
+            shutil.rmtree(folder / COMPARED_FOLDER, ignore_errors=True)
+    return folders
+
+
 def name_folders(names: Sequence[str], output: Path) -> list[Path]:
-    """For each set a folder below `output`, none twice: a number is added."""
+    """A folder below `output` for each data set; of equal names, later ones get a number."""
     folders: list[Path] = []
     for name in names:
         tidy = name.strip("/").replace("/", "--")
@@ -308,9 +421,11 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     Raises:
         ValueError: there are results, or a part of them.
     """
+    from san_hf.evaluation.report import RESULTS_FILE
+
     if resume or overwrite:
         return
-    for name, what in ((RESULTS_FILE, "results"), ("progress", "an interrupted run")):
+    for name, what in ((RESULTS_FILE, "results"), (PROGRESS_FOLDER, "an interrupted run")):
         if (folder / name).exists():
             raise ValueError(
                 f"'{folder}' holds {what}. Go on with them by --resume, replace them by --overwrite, or choose another "
@@ -319,50 +434,32 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def draw_pictures(
-    folder: Path,
-    models: dict[str, tuple],
-    evaluations: dict[str, evaluator.Evaluation],
-    data: SegmentationDataset,
-    worst: Sequence[tuple[int, float]],
-    count: int,
-    limit: int | None,
-    seed: int,
-    options: dict[str, Any],
+    file: Path, evaluations: "dict[str, Evaluation]", titles: dict[int, str], data: "SegmentationDataset"
 ) -> None:
-    """Writes the picture of the worst images and of `count` random others; it appears at once when complete."""
-    titles = {index: f"worst {number}" for number, (index, _) in enumerate(worst, start=1)}
-    for index in np.random.default_rng(seed).permutation(min(len(data), limit or len(data))).tolist():
-        if len(titles) == len(worst) + count:
-            break
-        if index not in titles:
-            try:
-                data[index]
-            except DataError:  # said already
-                continue
-            titles[index] = "random"
-    if not titles:
-        return
-    short = {name: Path(name).name for name in models}
+    """Writes the drawing of some examples with the predictions of each model."""
+    from san_hf.evaluation.pictures import draw_kept
+    from san_hf.files import new_file
+
+    short = {name: Path(name).name for name in evaluations}
     if len(set(short.values())) < len(short):
-        short = {name: name for name in models}
-    picture = evaluator.draw_examples(
-        {f"{short[name]}: mIoU {evaluations[name].metrics['mIoU']:.1f}": models[name] for name in models},
-        data,
-        list(titles),
-        [f"{title}: {data[index][2]}" for index, title in titles.items()],
-        **options,
-    )
-    partial = folder / f".{PICTURES_FILE}.part"
-    try:
-        picture.save(partial, format="png")
-        os.replace(partial, folder / PICTURES_FILE)
-    finally:
-        partial.unlink(missing_ok=True)
+        short = {name: name for name in evaluations}
+    columns = {
+        f"{short[name]}: mIoU {evaluation.metrics['mIoU']:.1f}": evaluation.examples
+        for name, evaluation in evaluations.items()
+    }
+    examples = next(iter(columns.values()))
+    full_titles = {index: f"{title}: {examples[index].name}" for index, title in titles.items()}
+    picture = draw_kept(columns, full_titles, data.class_names, data.ignore_index)
+    with new_file(file) as opened:
+        picture.save(opened, format="png")
 
 
-def print_reports(reports: Sequence[Report], folders: Sequence[Path], per_class: bool) -> None:
-    # Where the output goes to a file there is no width to keep.
-    console = Console() if Console().is_terminal else Console(width=200)
+def print_reports(reports: "Sequence[Report]", folders: Sequence[Path], per_class: bool) -> None:
+    """The averages of each evaluation in one table, and on demand each one's classes."""
+    from san_hf.evaluation.metrics import METRICS
+    from san_hf.evaluation.tables import class_rows, console_table, percent
+
+    console: Console = table_console()
     if per_class:
         for report in reports:
             console.print(f"{report.model} on {report.dataset}", style="bold", markup=False, highlight=False)

@@ -5,25 +5,26 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from san_hf.cli.console import fail, show
 from san_hf.data.benchmarks import BENCHMARKS
-from san_hf.data.loading import DataError
-from san_hf.data.prepare import prepare_benchmark, push_dataset
+from san_hf.messages import one_line
+from san_hf.progress import progress_bar
 
 
-Benchmarks = Enum("Benchmarks", {name: name for name in BENCHMARKS}, type=str)
+BenchmarkName = Enum("BenchmarkName", {name: name for name in BENCHMARKS}, type=str)  # type: ignore[misc]  # dynamic
 
 
 class Split(str, Enum):
+    """Splits of the benchmarks."""
+
     train = "train"
     validation = "validation"
 
 
 def prepare(
     name: Annotated[
-        Benchmarks, typer.Argument(metavar="SET", show_default=False, help=f"One of {', '.join(BENCHMARKS)}.")
+        BenchmarkName, typer.Argument(metavar="SET", show_default=False, help=f"One of {', '.join(BENCHMARKS)}.")
     ],
     source: Annotated[
         Path, typer.Option("--source", "-s", metavar="DIR", help="The folder with the files as their owner ships them.")
@@ -56,16 +57,10 @@ def prepare(
 
     A run that was interrupted is taken up by the same command; a finished set is left as it is.
     """
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    with bar:
-        task = bar.add_task(f"Preparing {name.value}", total=None)
+    from san_hf.data import prepare_benchmark, push_dataset
+
+    with progress_bar() as bar:
+        task = bar.add_task(f"Preparing {name.value}", total=None, speed="")
         metadata = prepare_benchmark(
             name.value,
             source,
@@ -78,10 +73,9 @@ def prepare(
         total = sum(metadata["splits"].values())
         bar.update(task, completed=total, total=total)
     counts = ", ".join(f"{count:,} {split}" for split, count in metadata["splits"].items())
-    typer.echo(f"{output}: {metadata['title']}, {len(metadata['class_names'])} classes, {counts}")
+    show(f"{output}: {metadata['title']}, {len(metadata['class_names'])} classes, {counts}")
     if repository is not None:
         try:
-            typer.echo(f"Uploaded: {push_dataset(output, repository, private=not public)}")
+            show(f"Uploaded: {push_dataset(output, repository, private=not public)}")
         except Exception as error:  # networks fail in many ways, and not all of their errors are OSErrors
-            reason = str(error).strip().splitlines()[0]
-            raise DataError(f"'{output}' is complete, but could not be uploaded to '{repository}': {reason}") from error
+            fail(f"'{output}' is complete, but could not be uploaded to '{repository}': {one_line(error)}")

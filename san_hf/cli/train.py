@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from san_hf.cli.console import explain, quiet_libraries, show_error
+
 
 def train(
     overrides: Annotated[
@@ -50,21 +52,14 @@ def train(
     On several GPUs or machines, by `accelerate config` once and then `accelerate launch scripts/train.py` with the same
     arguments. The output folder gets checkpoints, log.jsonl, the best model and the final one.
     """
-    # Not before they are needed: these take seconds.
-    import datasets
     import torch.distributed as dist
-    from transformers.utils import logging
 
-    from san_hf.data import DataError
-    from san_hf.training.checkpoint import CheckpointError
-    from san_hf.training.config import ConfigError, describe, load_config
-    from san_hf.training.loop import PeerError, TrainingError
+    from san_hf.training.config import describe, load_config
+    from san_hf.training.loop import PeerError
     from san_hf.training.loop import train as run
 
     status = 0
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    quiet_libraries()
     try:
         settings = load_config(config, overrides or [])
         if show:
@@ -75,12 +70,12 @@ def train(
             dist.destroy_process_group()
     except PeerError:
         status = 2
-    except (ConfigError, DataError, TrainingError, CheckpointError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        status = 2
-    except OSError as error:  # a full disk can show anywhere
-        where = f" ({error.filename})" if error.filename else ""
-        typer.echo(f"Error: {error.strerror or error}{where}. Complete checkpoints are kept: see --resume.", err=True)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        message = explain(error)
+        if isinstance(error, OSError) and error.strerror:  # a full disk can show anywhere
+            where = f" ({error.filename})" if error.filename else ""
+            message = f"{error.strerror}{where}. Complete checkpoints are kept: see --resume."
+        show_error(error, message)
         status = 2
     if dist.is_initialized() and dist.get_backend() == "gloo":
         # Its threads still run. Where the interpreter takes down the rest around them, a run that has succeeded may

@@ -1,20 +1,6 @@
 """The original's checkpoints: read, converted to a Transformers folder, and written back."""
 
-from .convert import convert_checkpoint, convert_state_dict, export_checkpoint, export_state_dict
-from .original import ConversionError, read_original
-from .releases import HUB_REPO, RELEASES, Release
-from .tokenizer import clip_tokenizer
+import lazy_loader
 
 
-__all__ = [
-    "HUB_REPO",
-    "RELEASES",
-    "ConversionError",
-    "Release",
-    "clip_tokenizer",
-    "convert_checkpoint",
-    "convert_state_dict",
-    "export_checkpoint",
-    "export_state_dict",
-    "read_original",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

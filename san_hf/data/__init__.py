@@ -1,17 +1,6 @@
 """Data to train and measure on: benchmarks, data sets of the Hub, and one's own."""
 
-from .benchmarks import BENCHMARKS, Benchmark
-from .loading import DataError, SegmentationDataset, load_segmentation_dataset, read_class_names
-from .prepare import prepare_benchmark, push_dataset
+import lazy_loader
 
 
-__all__ = [
-    "BENCHMARKS",
-    "Benchmark",
-    "DataError",
-    "SegmentationDataset",
-    "load_segmentation_dataset",
-    "prepare_benchmark",
-    "push_dataset",
-    "read_class_names",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,7 +16,8 @@ from scipy.io import loadmat
 from san_hf.vocabularies import load_class_ids
 
 from .benchmarks import BENCHMARKS
-from .loading import DataError, to_label_map
+from .errors import DataError
+from .loading import to_label_map
 
 
 # In a label table: a value that the owner's labels don't have.

@@ -16,7 +16,10 @@ from PIL import Image
 
 from san_hf.images import to_rgb
 from san_hf.messages import join_some
-from san_hf.vocabularies import VOCABULARIES, load_vocabulary
+from san_hf.vocabularies import VOCABULARIES
+
+from .class_names import read_class_names
+from .errors import DataError
 
 
 # What describes a prepared data set, beside its data/*.parquet.
@@ -27,10 +30,6 @@ LABEL_COLUMNS = ("label", "annotation", "mask", "label_map", "segmentation_map",
 FILE_NAME_COLUMNS = ("file_name", "filename", "image_id")
 # Of so many examples, evenly spread, the first must have a pixel with a label.
 _EXAMPLES_TO_PROBE = 256
-
-
-class DataError(ValueError):
-    """Data that can't be used; the message names the file, the index or the key, and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -204,50 +203,6 @@ def load_segmentation_dataset(
     if not streaming:
         _check_annotated(data)
     return data
-
-
-def read_class_names(source: str | os.PathLike | Sequence[str]) -> list[str]:
-    """
-    Class names, from what `class_names` of [`load_segmentation_dataset`] can be.
-
-    Raises:
-        DataError: no such file or vocabulary; or not a list of different, non-empty names.
-    """
-    where = "class_names"
-    names = source
-    if isinstance(source, str | os.PathLike):
-        source = os.fspath(source)
-        where = f"The class list '{source}'"
-        if source in VOCABULARIES and not os.path.isfile(source):
-            return load_vocabulary(source)
-        try:
-            text = Path(source).read_text(encoding="utf-8-sig")
-            names = json.loads(text) if source.lower().endswith(".json") else text.splitlines()
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{where} can't be read: {error}. Expected a text file with one name a line, a JSON file, or one of "
-                f"{', '.join(VOCABULARIES)}."
-            ) from error
-        if isinstance(names, dict):
-            labels = {str(label) for label in range(len(names))}
-            if set(names) != labels:
-                raise DataError(
-                    f"{where} has {len(names)} names, expected them for the labels 0..{len(names) - 1}; not so: "
-                    f"{join_some(sorted(set(names) ^ labels))}."
-                )
-            names = [names[str(label)] for label in range(len(names))]
-        # Blank lines at the end are no classes; one in between would shift the labels of all that follow.
-        while isinstance(names, list) and names and isinstance(names[-1], str) and not names[-1].strip():
-            names.pop()
-    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
-        raise DataError(f"{where} is no list of names: expected at least one, each a text.")
-    names = [name.strip() for name in names]
-    for label, name in enumerate(names):
-        if not name:
-            raise DataError(f"{where} has no name for label {label}: expected one for each, without gaps.")
-        if names.index(name) != label:
-            raise DataError(f"{where} has {name!r} for the labels {names.index(name)} and {label}: expected it once.")
-    return names
 
 
 def to_label_map(labels: Any) -> np.ndarray:

@@ -36,8 +36,9 @@ from san_hf.messages import join_some
 from san_hf.version import __version__
 
 from .benchmarks import BENCHMARKS, Benchmark
+from .errors import DataError
 from .layouts import LAYOUTS, UNKNOWN, Source, label_table
-from .loading import METADATA_FILE, DataError
+from .loading import METADATA_FILE
 
 
 STAGING_FOLDER = ".unfinished"

@@ -1,7 +1,6 @@
 """Evaluation: the figures, how they are reported, and the published ones beside them."""
 
-from san_hf.evaluation.metrics import Results, SegmentationMetrics
-from san_hf.evaluation.report import Report, read_results, write_results
+import lazy_loader
 
 
-__all__ = ["Report", "Results", "SegmentationMetrics", "read_results", "write_results"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

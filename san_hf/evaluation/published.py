@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from san_hf.cards import load_facts
 from san_hf.data.benchmarks import BENCHMARKS
 from san_hf.vocabularies import load_vocabulary
 
@@ -29,7 +28,7 @@ SOURCES = {
 }
 
 
-def published_figures(model: str, dataset: str) -> dict[str, float]:
+def published_results(model: str, dataset: str) -> dict[str, float]:
     """
     What was published of a model on a benchmark, in percent, by the names of `Results.metrics`; each is of the same
     definition as ours. Empty where nothing was.
@@ -45,12 +44,14 @@ def published_figures(model: str, dataset: str) -> dict[str, float]:
         raise ValueError(f"Nothing is published of {model!r}, only of {', '.join(PUBLISHED_MODELS)}.")
     if dataset not in TITLES:
         return {}
+    from san_hf.cards import load_facts
+
     rows = {row["dataset"]: row for row in load_facts(model)["results"]}
     row = rows[TITLES[dataset]]
     return {metric: row[name] for metric, (name, _) in SOURCES.items() if name in row}
 
 
-def obstacles(
+def reasons_not_comparable(
     dataset: str, split: str, num_images: int, class_names: Sequence[str], settings: Mapping[str, Any]
 ) -> list[str]:
     """

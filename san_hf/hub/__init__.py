@@ -1,7 +1,6 @@
 """Models by name: the released checkpoints, converted once and kept; and models of one's own on the Hub."""
 
-from .load import from_pretrained, resolve
-from .push import push_to_hub, save_pretrained
+import lazy_loader
 
 
-__all__ = ["from_pretrained", "push_to_hub", "resolve", "save_pretrained"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

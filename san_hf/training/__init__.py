@@ -1,14 +1,6 @@
 """Training: augmentation, batches, optimiser, and the loop."""
 
-from san_hf.training.augmentation import ColorJitter, TrainingTransform
-from san_hf.training.collator import SegmentationCollator
-from san_hf.training.optimization import parameter_groups, polynomial_schedule
+import lazy_loader
 
 
-__all__ = [
-    "ColorJitter",
-    "SegmentationCollator",
-    "TrainingTransform",
-    "parameter_groups",
-    "polynomial_schedule",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from san_hf.cli import app
 from san_hf.data.benchmarks import BENCHMARKS
 from san_hf.evaluation import SegmentationMetrics, read_results, write_results
-from san_hf.evaluation.published import PUBLISHED_MODELS, obstacles, published_figures
+from san_hf.evaluation.published import PUBLISHED_MODELS, published_results, reasons_not_comparable
 from san_hf.vocabularies import load_vocabulary
 
 
@@ -65,7 +65,7 @@ def test_markdown(folder):
     assert "Settings: limit: 3, augment: True." in lines[2]
 
 
-def test_beside_the_published_figures(folder):
+def test_beside_the_published_results(folder):
     """Catches a figure beside one of the other definition, a wrong sign, and cautions that aren't given."""
     shown = run(folder)
     assert shown.exit_code == 0
@@ -109,38 +109,38 @@ def test_several_results(folder, results):
     assert rows[2]["BoundaryIoU"] == ""
 
 
-def test_published_figures():
+def test_published_results():
     """Catches a benchmark that lost its figures, or figures of the other definition (PC-459's differ most)."""
-    assert published_figures("san-vit-b-16", "pascal-context-459") == {
+    assert published_results("san-vit-b-16", "pascal-context-459") == {
         "mIoU": 16.71, "mIoU_over_present_or_predicted": 12.6, "fwIoU": 55.25, "mACC": 32.77, "pACC": 64.43
     }  # fmt: skip
     for model in PUBLISHED_MODELS:
         for dataset in BENCHMARKS:
-            found = published_figures(model, dataset)
+            found = published_results(model, dataset)
             assert "mIoU" in found and ("mIoU_over_present_or_predicted" in found) == (dataset != "coco-stuff")
-    assert published_figures("san-vit-b-16", "garden") == {}
+    assert published_results("san-vit-b-16", "garden") == {}
     with pytest.raises(ValueError, match="san-vit-b-16, san-vit-large-14"):
-        published_figures("san", "voc")
+        published_results("san", "voc")
 
 
-def test_obstacles():
+def test_reasons_not_comparable():
     """Catches a result of other settings that passes for comparable, and a comparable one that doesn't."""
     plain = {"limit": None, "expand": None, "synonyms": False, "templates": None, "augment": False, "dtype": "float32"}
     names = load_vocabulary("voc")
-    assert obstacles("voc", "validation", 1449, names, plain) == []
-    assert obstacles("voc", "validation", 1449, names, plain | {"templates": "vild"}) == []
+    assert reasons_not_comparable("voc", "validation", 1449, names, plain) == []
+    assert reasons_not_comparable("voc", "validation", 1449, names, plain | {"templates": "vild"}) == []
     changes = [{"expand": "coco"}, {"synonyms": True}, {"templates": "imagenet"}, {"augment": True}]
     for change in [*changes, {"templates": ["a {}.", "one {}."]}]:
-        (reason,) = obstacles("voc", "validation", 1449, names, plain | change)
+        (reason,) = reasons_not_comparable("voc", "validation", 1449, names, plain | change)
         assert reason
     assert "2 of the model's own" in reason
-    (reason,) = obstacles("voc", "train", 10582, names, plain)
+    (reason,) = reasons_not_comparable("voc", "train", 10582, names, plain)
     assert "split train" in reason
-    (reason,) = obstacles("voc", "validation", 1448, names, plain)
+    (reason,) = reasons_not_comparable("voc", "validation", 1448, names, plain)
     assert "1,448 images" in reason
-    (reason,) = obstacles("voc", "validation", 1449, ["plane", *names[1:]], plain)
+    (reason,) = reasons_not_comparable("voc", "validation", 1449, ["plane", *names[1:]], plain)
     assert reason == "its classes have other names: 'plane' for 'aeroplane'"
-    (reason,) = obstacles("voc", "validation", 1449, names[1:], plain)
+    (reason,) = reasons_not_comparable("voc", "validation", 1449, names[1:], plain)
     assert "19 classes" in reason
 
 

@@ -1,4 +1,4 @@
-"""`san-hf`, from arguments to files, with a tiny model of random weights."""
+"""`san-hf segment`, from arguments to files, with a tiny model of random weights."""
 
 import json
 import os
@@ -17,41 +17,14 @@ from typer.testing import CliRunner
 
 from san_hf.cli import app
 from san_hf.inference.segmenter import Segmenter
-from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.visualization import OTHER_COLOR, class_colors
 from san_hf.vocabularies import EXPANSIONS, load_vocabulary
-from tests.tiny import tiny_config, tiny_tokenizer
+from tests.tiny import tiny_config
 
 
 ROOT = Path(__file__).parents[2]
 CLASSES = ["cat", "grass", "sky"]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    """A saved model and processor: random weights that give more than one label to the picture below."""
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    model = SANForSemanticSegmentation(tiny_config(recognition_token="learned", num_queries=20))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
-        model.logit_scale.fill_(4.6)
-        # Each query recognises something else. Where masks are nothing but 0 and 1, classes would tie.
-        model.model.mask_decoder.pixel_mlp.layers[-1].weight.mul_(0.03)
-        model.model.recognition_tokens.mul_(80)
-    model.save_pretrained(folder)
-    image_processor = SANImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
-    SANProcessor(image_processor=image_processor, tokenizer=tiny_tokenizer()).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def photo() -> Image.Image:
-    """96 x 64, and not alike when turned or mirrored."""
-    noise = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((96, 64), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
@@ -510,38 +483,33 @@ def test_an_interrupted_write_leaves_nothing(photo, model_folder, tmp_path, monk
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("command", ["segment", "convert", "export"])
-def test_help(command):
-    """Catches a command without words for a newcomer, or an option without a description."""
-    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "120"})
-    assert result.exit_code == 0 and "For example: san-hf " in result.output
-    assert "Error" not in result.output
+def test_benchmarks_by_name(run, photo, tmp_path):
+    """Catches `--classes voc` taken for a class, and class files that `evaluate` takes and `segment` doesn't."""
+    photo.save("photo.png")
+    run("photo.png", "-f", "json", classes="voc")
+    assert names_in("outputs/photo.json") == load_vocabulary("voc")
+    Path("names.json").write_text(json.dumps({"0": "cat", "1": "grass, wet"}))
+    run("photo.png", "-f", "json", "-o", "mapping", "--classes-file", "names.json", classes=None)
+    assert names_in("mapping/photo.json") == ["cat", "grass, wet"]
+    Path("names.txt").write_text("sky\nsea\n")
+    run("photo.png", "-f", "json", "-o", "file", classes="names.txt")
+    assert names_in("file/photo.json") == ["sky", "sea"]
+    run("photo.png", "-f", "json", "-o", "both", "--classes-file", "names.txt", classes="voc")
+    assert names_in("both/photo.json") == [*load_vocabulary("voc"), "sky", "sea"]
 
 
-def test_version():
-    """Catches a version stated twice."""
-    import san_hf
-
-    assert CliRunner().invoke(app, ["--version"]).output.strip() == f"san-hf {san_hf.__version__}"
-    assert CliRunner().invoke(app, ["export", "a", "b", "--what"]).exit_code == 2
+def names_in(file: str) -> list[str]:
+    return [entry["name"] for entry in json.loads(Path(file).read_text())["classes"]]
 
 
-def test_convert_and_export_report_errors(tmp_path, model_folder):
-    """Catches stack traces of the two other commands."""
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    for arguments in (
-        ["convert", tmp_path / "missing.pth", tmp_path / "out"],
-        ["convert", tmp_path / "text.pth", tmp_path / "out"],
-        ["export", tmp_path / "missing", tmp_path / "out.pth"],
-        ["export", model_folder, model_folder],
-    ):
-        result = CliRunner().invoke(app, list(map(str, arguments)))
-        assert result.exit_code == 2 and result.output.startswith("Error: "), result.output
-        assert not (tmp_path / "out").exists()
-
-
-def test_export_and_convert_back(tmp_path, model_folder):
-    """Catches options that don't reach the library."""
-    assert CliRunner().invoke(app, ["export", str(model_folder), str(tmp_path / "san.pth")]).exit_code == 0
-    result = CliRunner().invoke(app, ["convert", str(tmp_path / "san.pth"), str(tmp_path / "san")])
-    assert result.exit_code == 2 and "Unknown sizes" in result.output
+def test_threshold(run, photo):
+    """Catches a threshold that doesn't reach the scores, or whose pixels get a class's label or colour."""
+    photo.save("photo.png")
+    run("photo.png", "-f", "json", "-f", "png-labels", "--threshold", "1")
+    legend = json.loads(Path("outputs/photo.json").read_text())["classes"]
+    assert [entry["name"] for entry in legend] == [*CLASSES, "other"]
+    assert legend[-1]["share"] > 0.5 and legend[-1]["color"] == "#{:02x}{:02x}{:02x}".format(*OTHER_COLOR)
+    assert (labels_of("outputs/photo.labels.png") == 3).mean() == pytest.approx(legend[-1]["share"])
+    run("photo.png", "-f", "json", "-o", "none", "--threshold", "0")
+    assert json.loads(Path("none/photo.json").read_text())["classes"][-1]["pixels"] == 0
+    run("photo.png", "-o", "bad", "--threshold", "2", status=2)

@@ -1,0 +1,90 @@
+"""What the commands print, and how they end when something goes wrong."""
+
+import functools
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from san_hf.messages import one_line
+
+
+OUT_OF_MEMORY_ADVICE = "out of memory: scale the image down, or try --dtype bfloat16 or another --device"
+_debug = False
+
+
+def show(text: str | Text = "", *, error: bool = False) -> None:
+    """One line on standard output or standard error, as it is: no markup, no wrapping."""
+    Console(stderr=error, soft_wrap=True).print(text, markup=False, emoji=False, highlight=False)
+
+
+def table_console() -> Console:
+    """A console for tables: where the output goes to a file there is no width to keep."""
+    return Console() if Console().is_terminal else Console(width=200)
+
+
+def fail(message: object) -> NoReturn:
+    """Ends the command with a message and the status for "nothing was done"."""
+    show(f"Error: {message}", error=True)
+    raise typer.Exit(2)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and warnings of Transformers and `datasets`: the command itself says what goes wrong."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def explain(error: BaseException) -> str:
+    """An expected error in words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return OUT_OF_MEMORY_ADVICE
+    # Errors of torch have a stack trace of C++ in their message.
+    return one_line(error) if type(error) is RuntimeError else str(error) or type(error).__name__
+
+
+def show_stack_traces(wanted: bool) -> None:
+    """Whether errors show their stack trace: `san-hf --debug COMMAND`."""
+    global _debug
+    _debug = wanted
+
+
+def show_error(error: BaseException, message: str) -> None:
+    """An error on standard error: one line, or its stack trace if that is wanted."""
+    if _debug:
+        traceback.print_exception(error)
+    else:
+        show(f"Error: {message}", error=True)
+
+
+def expected_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """
+    The command, whose expected errors (files, values, memory, and what torch and others raise at run time) end it with
+    one line and status 2 rather than a stack trace.
+    """
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):
+            raise
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            show_error(error, explain(error))
+            raise typer.Exit(2) from error
+
+    return run
+
+
+def replace_unprintable() -> None:
+    """Names of classes and files may have letters that a terminal hasn't."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # both are text streams here

@@ -1,0 +1,78 @@
+"""`san-hf convert`, both ways, and what became of `san-hf export`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from san_hf.cli.console import fail, quiet_libraries, show
+from san_hf.cli.options import OverwriteOption, Precision
+from san_hf.messages import printable
+
+
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            show_default=False,
+            help="The original's checkpoint, .pth or .safetensors; with --to-original, a model: a folder, or a name as "
+            "in segment.",
+        ),
+    ],
+    output: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUTPUT", show_default=False, help="The folder to write; with --to-original, the .pth file."
+        ),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A saved SANConfig (config.json), for sizes other than the two released models'."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(
+            show_default=False, help="Precision of the written weights: float32, or with --to-original the model's."
+        ),
+    ] = None,
+    to_original: Annotated[
+        bool, typer.Option("--to-original", help="The way back: from a model to the original's layout.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """
+    Convert a checkpoint of the original SAN to a Transformers folder, or a model to the original's layout.
+
+    For example: `san-hf convert san_vit_b_16.pth san-vit-b-16`
+
+    And back: `san-hf convert my-san my_san.pth --to-original`
+    """
+    import torch
+
+    from san_hf.conversion import convert_checkpoint, export_checkpoint
+    from san_hf.hub import resolve
+
+    quiet_libraries()
+    precision = None if dtype is None else getattr(torch, dtype.value)
+    if to_original:
+        if config is not None:
+            fail("--config is for checkpoints of the original: a model has its own, leave it out with --to-original.")
+        written = export_checkpoint(resolve(source), output, dtype=precision, overwrite=overwrite)
+    else:
+        written = convert_checkpoint(source, output, config, dtype=precision or torch.float32, overwrite=overwrite)
+    show(f"Wrote {printable(written)}")
+
+
+def export(
+    arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+) -> None:
+    """Says what replaces the command of this name."""
+    names = [printable(argument) for argument in arguments or [] if not argument.startswith("-")]
+    model, file = names if len(names) == 2 else ("MODEL", "FILE")
+    fail(
+        "`san-hf export` no longer writes the original's layout. The way back is now: "
+        f"san-hf convert {model} {file} --to-original"
+    )

@@ -1,0 +1,272 @@
+"""`san-hf segment`."""
+
+import csv
+import glob
+import os
+import re
+from enum import Enum
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from san_hf.cli.console import explain, fail, quiet_libraries, show
+from san_hf.cli.options import (
+    EMBEDDED_MODEL,
+    DeviceOption,
+    ExpandOption,
+    ModelOption,
+    OutputFolderOption,
+    OverwriteOption,
+    Precision,
+    PrecisionOption,
+    TemplatesOption,
+    value_of,
+)
+from san_hf.data.class_names import is_class_list, read_class_names
+from san_hf.inference.writers import FORMATS, output_files
+from san_hf.messages import join_some, printable
+from san_hf.progress import progress_bar
+
+
+if TYPE_CHECKING:
+    from san_hf.inference import Segmentation, Segmenter
+
+EMBEDDED_NOTE = (
+    "Model: picture-book, a tiny one that comes with the package to prove the pipeline. It knows simple drawn scenes "
+    "and nothing else; for photographs use --model san-vit-b-16 or your own."
+)
+
+Format = Enum("Format", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]  # dynamic
+
+
+def segment(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IMAGE", show_default=False, help="Image files, folders (with all below them) or patterns."
+        ),
+    ],
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES",
+            help='What to look for, separated by commas: "cat, grass, sky". A name with a comma goes in double '
+            "quotes. Or a benchmark's name, such as voc, for its class names. Every pixel gets one of these names, so "
+            "name the background, too, or use --expand. Not needed if the model carries names of its own.",
+        ),
+    ] = None,
+    classes_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What to look for, from a file: text with one name a line, or JSON, a list or mapping."
+        ),
+    ] = None,
+    model: ModelOption = EMBEDDED_MODEL,
+    expand: ExpandOption = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, show_default=False, help='Pixels whose best score is lower (0 to 1) become "other".'
+        ),
+    ] = None,
+    output: OutputFolderOption = Path("outputs"),
+    formats: Annotated[
+        list[Format],
+        typer.Option(
+            "--format",
+            "-f",
+            help="What to write; may be repeated. overlay: the image, tinted, with names and a legend. mask: the "
+            "regions in plain colours. json: names, shares of pixels and colours. png-labels: one number per pixel, "
+            "and the json that explains them.",
+        ),
+    ] = [Format.overlay],  # type: ignore[attr-defined]  # noqa: B006  # dynamic
+    overwrite: OverwriteOption = False,
+    templates: TemplatesOption = None,
+    device: DeviceOption = "auto",
+    dtype: PrecisionOption = Precision.float32,
+) -> None:
+    """
+    Segment images by class names in plain words.
+
+    For example: `san-hf segment photo.jpg --classes "cat, grass, sky" --model san-vit-b-16`
+
+    Ends with status 0 if all images were segmented, 1 if some were not, 2 if none was.
+    """
+    class_names = class_names_of_options(classes, classes_file)
+    sources = find_images(images, output)
+    wanted = [choice.value for choice in formats]
+    stems = name_outputs([name for _, name in sources], output)
+    paths = [Path(source) for source, _ in sources]
+    check_outputs(paths, stems, wanted, overwrite)
+    make_folder(output)
+    options = {"expand": value_of(expand), "templates": value_of(templates), "threshold": threshold}
+    segmenter = load_segmenter(model, class_names, device, dtype.value, options)
+    if model == EMBEDDED_MODEL:
+        show(Text(EMBEDDED_NOTE, style="yellow"))
+
+    failed = 0
+    with progress_bar(hidden=len(paths) == 1) as bar:
+        task = bar.add_task("Segmenting", total=len(paths), speed="")
+        for path, stem in zip(paths, stems):
+            failed += not segment_one(segmenter, path, stem, wanted, model, short=len(paths) > 1)
+            bar.advance(task)
+    if failed:
+        show(f"{failed} of {len(paths)} images could not be segmented.", error=True)
+        raise typer.Exit(2 if failed == len(paths) else 1)
+
+
+def segment_one(segmenter: "Segmenter", path: Path, stem: Path, formats: list[str], model: str, short: bool) -> bool:
+    """Segments one image and writes its files; whether that went well."""
+    try:
+        segmentation = segmenter(path)
+        files = segmentation.save(stem, formats, image=printable(path), model=model)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        show(f"Error: {printable(path)}: {explain(error)}", error=True)
+        return False
+    show(f"{printable(path)} -> {', '.join(map(printable, files))}")
+    print_legend(segmentation, short)
+    return True
+
+
+def class_names_of_options(classes: list[str] | None, file: Path | None) -> list[str] | None:
+    """The names of both options in their order; `None` if neither is given."""
+    if not classes and file is None:
+        return None
+    names = []
+    for value in classes or []:
+        names += read_class_names(value, skip_blank=True) if is_class_list(value) else split_names(value)
+    if file is not None:
+        names += read_class_names(file, skip_blank=True)
+    garbled = [name for name in names if any("\ud800" <= letter <= "\udfff" for letter in name)]
+    if garbled:
+        fail(f"The class name '{printable(garbled[0])}' is no text in this terminal's encoding. Expected UTF-8.")
+    if not names:
+        fail('Got no class name, expected at least one, for example --classes "cat, grass, sky".')
+    return names
+
+
+def split_names(line: str) -> list[str]:
+    """Names separated by commas, those with a comma in double quotes."""
+    names = []
+    # strict, so that a quote that isn't closed is an error; spaces after a closing quote are not.
+    tidy = re.sub(r'"\s+(?=,|$)', '"', line)
+    try:
+        for row in csv.reader(tidy.splitlines(), skipinitialspace=True, strict=True):
+            names += row
+    except csv.Error as error:
+        fail(f"--classes {line!r}: {error}. A name with a comma goes in double quotes.")
+    return [name.strip() for name in names if name.strip()]
+
+
+def find_images(patterns: list[str], output: Path) -> list[tuple[str, Path]]:
+    """
+    The files that are meant, each once, and for each a relative path to name its outputs after (without extension).
+
+    A file is taken as it is; of a folder, everything below it with an image's ending, except for hidden files and the
+    output folder; anything else is a pattern. What doesn't exist stays, to be reported with the others.
+    """
+    from PIL import Image
+
+    endings = Image.registered_extensions()
+    found: dict[str, tuple[str, Path]] = {}
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            folder = Path(pattern)
+            inside = [
+                path
+                for path in sorted(folder.rglob("*"))
+                if path.suffix.lower() in endings
+                and path.is_file()
+                and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+                and not path.resolve().is_relative_to(output.resolve())
+            ]
+            if not inside:
+                fail(f"There is no image in the folder '{printable(pattern)}'.")
+            matches = [(str(path), path.relative_to(folder).with_suffix("")) for path in inside]
+        elif not os.path.exists(pattern) and glob.has_magic(pattern):
+            files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+            matches = [(file, Path(Path(file).stem)) for file in files]
+            if not matches:
+                fail(f"Nothing matches the pattern '{printable(pattern)}'.")
+        else:
+            matches = [(pattern, Path(Path(pattern).stem))]
+        for match in matches:
+            found.setdefault(os.path.realpath(match[0]), match)
+    return list(found.values())
+
+
+def name_outputs(names: list[Path], output: Path) -> list[Path]:
+    """For each a path below `output`, none twice (not even where capitals don't count): a number is added."""
+    taken, stems = set(), []
+    for name in names:
+        # File systems allow names of 255 bytes; endings take some of them.
+        name = name.with_name(os.fsdecode(os.fsencode(name.name)[:200]))
+        stem, number = name, 1
+        while str(stem).casefold() in taken:
+            number += 1
+            stem = name.with_name(f"{name.name}-{number}")
+        taken.add(str(stem).casefold())
+        stems.append(output / stem)
+    return stems
+
+
+def check_outputs(images: list[Path], stems: list[Path], formats: list[str], overwrite: bool) -> None:
+    """Before anything is computed: nothing is lost by writing, and the folder takes files."""
+    files = [file for stem in stems for file in output_files(stem, formats)]
+    inputs = {os.path.realpath(image) for image in images}
+    lost = [file for file in files if os.path.realpath(file) in inputs]
+    if lost:
+        fail(f"'{printable(lost[0])}' is an image to segment and would be overwritten. Choose another --output.")
+    existing = [file for file in files if os.path.lexists(file)]
+    if existing and not overwrite:
+        fail(
+            f"'{printable(existing[0])}' exists already"
+            + (f", and {len(existing) - 1} more" if len(existing) > 1 else "")
+            + ". Use --overwrite to replace files of an earlier run, or another --output."
+        )
+
+
+def make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=output).close()
+    except OSError as error:
+        fail(f"Can't write to the folder '{printable(output)}': {error.strerror or error}.")
+
+
+def load_segmenter(
+    model: str, class_names: list[str] | None, device: str, dtype: str, options: dict[str, Any]
+) -> "Segmenter":
+    """The model with its vocabulary, on its device."""
+    import torch
+
+    from san_hf.devices import pick_device
+    from san_hf.inference import Segmenter
+
+    quiet_libraries()
+    return Segmenter.from_pretrained(
+        model, class_names, device=pick_device(device), dtype=getattr(torch, dtype), **options
+    )
+
+
+def print_legend(segmentation: "Segmentation", short: bool) -> None:
+    """Classes by their share of pixels: a table, or one line."""
+    legend = sorted(segmentation.legend(), key=lambda entry: -entry["pixels"])
+    present = [entry for entry in legend if entry["pixels"]]
+    absent = [entry["name"] for entry in legend if not entry["pixels"]]
+    if short:
+        show("    " + ", ".join(f"{entry['name']} {entry['share']:.1%}" for entry in present))
+        return
+    table = Table("class", "share of pixels", "colour", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    table.columns[1].justify = "right"
+    for entry in present:
+        swatch = Text.assemble(("██ ", entry["color"]), entry["color"])
+        table.add_row(Text(entry["name"]), f"{entry['share']:.1%}", swatch)
+    Console().print(table)
+    if absent:
+        show(f"Not found: {join_some(absent, 20)}.")

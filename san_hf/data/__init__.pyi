@@ -1,0 +1,16 @@
+from .benchmarks import BENCHMARKS, Benchmark
+from .class_names import read_class_names
+from .errors import DataError
+from .loading import SegmentationDataset, load_segmentation_dataset
+from .prepare import prepare_benchmark, push_dataset
+
+__all__ = [
+    "BENCHMARKS",
+    "Benchmark",
+    "DataError",
+    "SegmentationDataset",
+    "load_segmentation_dataset",
+    "prepare_benchmark",
+    "push_dataset",
+    "read_class_names",
+]

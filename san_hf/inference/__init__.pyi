@@ -1,0 +1,15 @@
+from .predictor import EncodedImage, EncodedView, Predictor, PreparedImage
+from .segmentation import Segmentation
+from .segmenter import Segmenter
+from .vocabulary import Vocabulary, VocabularyError
+
+__all__ = [
+    "EncodedImage",
+    "EncodedView",
+    "Predictor",
+    "PreparedImage",
+    "Segmentation",
+    "Segmenter",
+    "Vocabulary",
+    "VocabularyError",
+]
