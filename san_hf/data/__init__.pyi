@@ -1,8 +1,10 @@
 from .benchmarks import BENCHMARKS, Benchmark
 from .class_names import read_class_names
+from .dataset import SegmentationDataset
 from .errors import DataError
-from .loading import SegmentationDataset, load_segmentation_dataset
-from .prepare import prepare_benchmark, push_dataset
+from .loading import load_segmentation_dataset
+from .prepare import prepare_benchmark
+from .publish import push_dataset
 
 __all__ = [
     "BENCHMARKS",

@@ -8,17 +8,8 @@ from san_hf.vocabularies import load_vocabulary
 
 
 PUBLISHED_MODELS = ("san-vit-b-16", "san-vit-large-14")
-# The benchmarks' names in the facts.
-TITLES = {
-    "ade20k-847": "ADE20K-847",
-    "pascal-context-459": "Pascal Context-459",
-    "ade20k-150": "ADE20K-150",
-    "pascal-context-59": "Pascal Context-59",
-    "voc": "Pascal VOC-20",
-    "coco-stuff": "COCO-Stuff val2017",
-}
-# Our name of a figure -> its name in the facts, and where it was published. The released logs average over the classes
-# that occur in the ground truth, the paper's table over those that occur in it or in the predictions.
+# Our name of a metric -> its name in `model_cards/`, and where it was published. The released logs average over the
+# classes that occur in the ground truth, the paper's table over those that occur in it or in the predictions.
 SOURCES = {
     "mIoU": ("mIoU", "log"),
     "mIoU_over_present_or_predicted": ("mIoU (paper)", "paper"),
@@ -35,19 +26,19 @@ def published_results(model: str, dataset: str) -> dict[str, float]:
 
     Args:
         model: one of `PUBLISHED_MODELS`.
-        dataset: of `TITLES`, or any other.
+        dataset: a name in `BENCHMARKS`, or any other.
 
     Raises:
         ValueError: no such model.
     """
     if model not in PUBLISHED_MODELS:
         raise ValueError(f"Nothing is published of {model!r}, only of {', '.join(PUBLISHED_MODELS)}.")
-    if dataset not in TITLES:
+    if dataset not in BENCHMARKS:
         return {}
     from san_hf.cards import load_facts
 
     rows = {row["dataset"]: row for row in load_facts(model)["results"]}
-    row = rows[TITLES[dataset]]
+    row = rows[BENCHMARKS[dataset].published_title]
     return {metric: row[name] for metric, (name, _) in SOURCES.items() if name in row}
 
 
@@ -65,8 +56,8 @@ def reasons_not_comparable(
         class_names: of its labels.
         settings: how `evaluate` was called; what isn't in it was at its default.
     """
-    if dataset not in TITLES:
-        return [f"nothing is published for {dataset}, only for {', '.join(TITLES)}"]
+    if dataset not in BENCHMARKS:
+        return [f"nothing is published for {dataset}, only for {', '.join(BENCHMARKS)}"]
     reasons = []
     expected = BENCHMARKS[dataset].splits["validation"]
     if split not in ("validation", "val"):

@@ -4,16 +4,10 @@ import json
 from importlib import resources
 
 
-# Of COCO-Stuff's 171 classes, "coco-stuff-only" are the 91 that are stuff (grass, sky) rather than things (cat, car).
-VOCABULARIES = (
-    "coco-stuff",
-    "coco-stuff-only",
-    "ade20k-150",
-    "ade20k-847",
-    "pascal-context-59",
-    "pascal-context-459",
-    "voc",
-)
+# A file each; of COCO-Stuff's 171 classes, "coco-stuff-only" are the 91 that are stuff (grass, sky) rather than things
+# (cat, car).
+_FILES = [file.name for file in resources.files(__package__).iterdir() if file.name.endswith(".json")]
+VOCABULARIES = tuple(sorted([*(name.removesuffix(".json") for name in _FILES), "coco-stuff-only"]))
 # What a caller's classes can be expanded by, for pixels that are none of them.
 EXPANSIONS = {"coco": "coco-stuff", "coco-stuff": "coco-stuff-only"}
 

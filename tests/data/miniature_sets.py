@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from scipy.io import savemat
 
-from san_hf.data import BENCHMARKS, prepare, prepare_benchmark
+from san_hf.data import BENCHMARKS, prepare_benchmark, shards
 
 
 SIZE = (30, 20)  # width, height
@@ -224,7 +224,7 @@ def count_as_complete(monkeypatch, name: str, expected: dict[str, Expected]) -> 
 def prepare_until_killed(source: str, output: str, moment: int, arguments: dict) -> None:
     """Prepares ADE20K-150, and ends by SIGKILL at a moment: 1, 2, ... of writing to the disk."""
     BENCHMARKS["ade20k-150"] = replace(BENCHMARKS["ade20k-150"], splits={"train": 2, "validation": 2})
-    prepare.IMAGES_PER_SHARD = 1
+    shards.IMAGES_PER_SHARD = 1
 
     def kill(*_):
         nonlocal moment
@@ -237,7 +237,7 @@ def prepare_until_killed(source: str, output: str, moment: int, arguments: dict)
     if arguments["workers"] > 1:
         prepare_benchmark("ade20k-150", source, output, progress=kill, **arguments)
         return
-    replace_file, encode = os.replace, prepare._encode_labels
+    replace_file, encode = os.replace, shards.encode_labels
 
     def replace_or_die(old, new):
         kill()
@@ -248,5 +248,5 @@ def prepare_until_killed(source: str, output: str, moment: int, arguments: dict)
         kill()
         return encode(*arguments)
 
-    os.replace, prepare._encode_labels = replace_or_die, encode_or_die
+    os.replace, shards.encode_labels = replace_or_die, encode_or_die
     prepare_benchmark("ade20k-150", source, output, **arguments)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -28,12 +29,12 @@ from san_hf.cli import app
 from san_hf.data import (
     BENCHMARKS,
     DataError,
-    layouts,
     load_segmentation_dataset,
-    prepare,
     prepare_benchmark,
     push_dataset,
+    shards,
 )
+from san_hf.data.benchmarks import ade20k_847, pascal_context_59
 from san_hf.vocabularies import load_vocabulary
 from tests.data.miniature_sets import (
     BUILDERS,
@@ -74,7 +75,7 @@ def output(tmp_path) -> Path:
 def ade(monkeypatch, source) -> Path:
     """ADE20K-150 with two images a split, one a shard."""
     count_as_complete(monkeypatch, "ade20k-150", build_ade_150(source))
-    monkeypatch.setattr(prepare, "IMAGES_PER_SHARD", 1)
+    monkeypatch.setattr(shards, "IMAGES_PER_SHARD", 1)
     return source
 
 
@@ -160,11 +161,11 @@ def test_reduction(size):
     expected = torch.nn.functional.interpolate(
         torch.from_numpy(pixels).permute(2, 0, 1)[None].double(), size, mode="bilinear", align_corners=False
     )
-    reduced = torch.from_numpy(prepare.reduce_image(pixels, size)).permute(2, 0, 1)
+    reduced = torch.from_numpy(shards.reduce_image(pixels, size)).permute(2, 0, 1)
     assert (reduced - expected[0]).abs().max() < 0.501
     labels = rng.integers(0, 60000, (731, 1003), dtype=np.int32)
     expected = torch.nn.functional.interpolate(torch.from_numpy(labels)[None, None].double(), size, mode="nearest")
-    assert np.array_equal(prepare.reduce_labels(labels, size), expected[0, 0].numpy())
+    assert np.array_equal(shards.reduce_labels(labels, size), expected[0, 0].numpy())
 
 
 class Malicious:
@@ -182,10 +183,10 @@ def test_ades_index(tmp_path, protocol):
     index |= {"names": np.array(["x", "y"]), "objects": np.array([None, "z"], object), "count": np.int64(3)}
     file = tmp_path / "index_ade20k.pkl"
     file.write_bytes(pickle.dumps(index, protocol))
-    assert layouts.read_ade_index(file) == (["a", "b"], ["1.jpg", "2.jpg"])
+    assert ade20k_847.read_ade_index(file) == (["a", "b"], ["1.jpg", "2.jpg"])
     file.write_bytes(file.read_bytes().replace(b"numpy._core", b"numpy.core"))
     if protocol < 4:  # later protocols say how long a name is
-        assert layouts.read_ade_index(file) == (["a", "b"], ["1.jpg", "2.jpg"])
+        assert ade20k_847.read_ade_index(file) == (["a", "b"], ["1.jpg", "2.jpg"])
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -199,11 +200,11 @@ def test_nothing_in_ades_index_is_executed(tmp_path, protocol):
     ):
         file.write_bytes(pickle.dumps(content, protocol))
         with pytest.raises(DataError, match="index_ade20k.pkl' can't be read as ADE20K's index: it asks for .*system"):
-            layouts.read_ade_index(file)
+            ade20k_847.read_ade_index(file)
     for name in (b"builtins\neval", b"builtins\ngetattr", b"numpy\nload", b"numpy\nfromfile", b"_codecs\nlookup"):
         file.write_bytes(b"c" + name + b"\n(V1\ntR.")
         with pytest.raises(DataError, match="it asks for"):
-            layouts.read_ade_index(file)
+            ade20k_847.read_ade_index(file)
     assert not victim.exists()
 
 
@@ -361,7 +362,7 @@ def test_wrong_annotations_of_detail(monkeypatch, source, output):
     count_as_complete(monkeypatch, "pascal-context-59", build_context_detail(source))
     file = source / "trainval_merged.json"
     for text, message in ((file.read_text()[:500], "is no JSON"), ('{"images": []}', "has no 'annos_segmentation'")):
-        layouts._read_detail.cache_clear()
+        pascal_context_59.read_detail.cache_clear()
         file.write_text(text)
         with pytest.raises(DataError, match=f"trainval_merged.json' {message}"):
             prepare_benchmark("pascal-context-59", source, output)
@@ -424,17 +425,22 @@ def test_read_only_output(ade, output):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_full_disk(monkeypatch, ade, output):
     """Catches a shard cut short under its final name, and finished ones that are lost with it."""
-    write_shard = prepare.write_shard
-    shards = []
+    write_shard = shards.write_shard
+    written = []
+
+    @contextmanager
+    def full_file(path):
+        with open("/dev/full", "wb") as file:
+            yield file
 
     def write_to_full_disk(shard, count):
-        shards.append(shard)
-        if len(shards) == 2:
-            # What is written to it ends in the device.
-            shard.file.with_name(f"{shard.file.name}.{os.getpid()}.part").symlink_to("/dev/full")
-        return write_shard(shard, count)
+        written.append(shard)
+        with monkeypatch.context() as patch:
+            if len(written) == 2:
+                patch.setattr(shards, "new_file", full_file)
+            return write_shard(shard, count)
 
-    monkeypatch.setattr(prepare, "write_shard", write_to_full_disk)
+    monkeypatch.setattr(shards, "write_shard", write_to_full_disk)
     with pytest.raises(DataError, match=r"Can't write to '.*set': .*[Nn]o space left.* What is finished is kept"):
         prepare_benchmark("ade20k-150", ade, output, workers=1)
     assert [path.name for path in (output / ".unfinished" / "data").iterdir()] == SHARDS[:1]
@@ -444,7 +450,7 @@ def test_full_disk(monkeypatch, ade, output):
 
     prepare_benchmark("ade20k-150", ade, output, workers=1)
     assert set(contents(output)) == COMPLETE
-    assert len(shards) == 2 + 3
+    assert len(written) == 2 + 3
 
 
 def test_two_at_once(ade, output):
@@ -490,8 +496,8 @@ def test_killed_at_any_moment(processes, ade, output, tmp_path):
     arguments = {"splits": ["validation"], "workers": 1}
     prepare_benchmark("ade20k-150", ade, tmp_path / "whole", **arguments)
     whole = contents(tmp_path / "whole")
-    shards = SHARDS[2:]
-    assert set(whole) == {*(f"data/{name}" for name in shards), "README.md", "segmentation.json"}
+    names = SHARDS[2:]
+    assert set(whole) == {*(f"data/{name}" for name in names), "README.md", "segmentation.json"}
     for moment in range(1, 100):
         shutil.rmtree(output, ignore_errors=True)
         process = processes.Process(target=prepare_until_killed, args=(str(ade), str(output), moment, arguments))
@@ -510,7 +516,7 @@ def test_killed_at_any_moment(processes, ade, output, tmp_path):
                 finished[file.name] = file.stat().st_ino
         # Not to be taken for the set before it is complete.
         if (output / "data").is_dir():
-            assert set(finished) == set(shards)
+            assert set(finished) == set(names)
         prepare_benchmark("ade20k-150", ade, output, **arguments)
         assert contents(output) == whole, moment
         assert {name: (output / "data" / name).stat().st_ino for name in finished} == finished
@@ -619,7 +625,7 @@ def test_from_the_hub(hub, ade, output, streaming):
 
 def test_the_page():
     """Catches a page about data that tells of other sets, counts and commands than there are."""
-    page = (Path(prepare.__file__).parent / "README.md").read_text(encoding="utf-8")
+    page = (Path(shards.__file__).parent / "README.md").read_text(encoding="utf-8")
     lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `")]
     rows = [[cell.strip() for cell in line] for line in lines]
     table = {row[0].strip("`"): row[1:4] for row in rows}
