@@ -29,7 +29,7 @@ _TEMPORARY_NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.(?P<kind>partial|
 # Where there are no locks, what is older than this was left behind.
 _SECONDS_TO_WRITE = 24 * 3600
 # Folders that this process has cleared of leftovers already.
-_cleared: set[str] = set()
+_cleared: set[tuple[int, str]] = set()
 
 
 def write_file(path: str | os.PathLike, content: str | bytes) -> None:
@@ -119,6 +119,20 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             os.close(descriptor)
 
 
+def remove_folder(path: str | os.PathLike) -> None:
+    """
+    Removes a folder, if it exists. It loses its name first: what is left when this is interrupted is not taken for it.
+
+    Raises:
+        OSError: it can't be removed.
+    """
+    path = Path(path)
+    if path.exists():
+        renamed = _temporary_name(path, "partial")
+        os.rename(path, renamed)
+        shutil.rmtree(renamed)
+
+
 def remove_leftovers(folder: str | os.PathLike) -> None:
     """
     Removes from a folder what killed processes were writing there; what others are writing now stays.
@@ -188,9 +202,10 @@ def _create_folder(path: Path) -> tuple[Path, int | None]:
 def _clear_once(folder: Path) -> None:
     """Removes leftovers when this process writes to a folder for the first time."""
     name = os.path.realpath(folder)
-    if name not in _cleared:
+    # A forked process inherits the set, but has cleared nothing itself.
+    if (os.getpid(), name) not in _cleared:
         remove_leftovers(name)
-        _cleared.add(name)
+        _cleared.add((os.getpid(), name))
 
 
 def _try_lock(descriptor: int) -> bool | None:

@@ -1,6 +1,6 @@
 """Trains a SAN: what `accelerate launch` takes. The same as `san-hf train`.
 
-accelerate launch scripts/train.py --config san_hf/training/recipes/coco_stuff_vit_b16.yaml
+accelerate launch scripts/train.py --config coco_stuff_vit_b16
 """
 
 from san_hf.cli.train import app

@@ -27,8 +27,9 @@ def train(
             "-c",
             metavar="FILE",
             show_default=False,
-            help="The recipe, a YAML file: see san_hf/training/recipes. Without one, SAN's published recipe holds, and "
-            "model, data.source and output have to be given.",
+            help="The recipe: a YAML file, or the name of one that comes with the package: coco_stuff_vit_b16, "
+            "coco_stuff_vit_l14, finetune, small_photographs. Without one, SAN's published recipe holds, and model, "
+            "data.source and output have to be given.",
         ),
     ] = None,
     resume: Annotated[
@@ -47,15 +48,15 @@ def train(
     On your own photographs, in a folder with train/images, train/labels, validation/images, validation/labels and a
     classes.txt:
 
-        san-hf train --config san_hf/training/recipes/finetune.yaml data.source=FOLDER output=runs/mine
+        san-hf train --config finetune data.source=FOLDER output=runs/mine
 
     On several GPUs or machines, by `accelerate config` once and then `accelerate launch scripts/train.py` with the same
     arguments. The output folder gets checkpoints, log.jsonl, the best model and the final one.
     """
     import torch.distributed as dist
 
-    from san_hf.training.config import describe, load_config
-    from san_hf.training.loop import PeerError
+    from san_hf.training.config_file import describe, load_config
+    from san_hf.training.errors import PeerError
     from san_hf.training.loop import train as run
 
     status = 0

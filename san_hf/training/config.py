@@ -1,15 +1,12 @@
-"""What a training is told: a YAML file and `key=value` overrides, checked before anything is loaded."""
+"""Configuration of a training: its sections with their keys, defaults and limits."""
 
 import difflib
 import re
-import types
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 from san_hf.modeling import SANConfig
 
@@ -24,9 +21,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def free(default: Any, description: str, **limits: Any) -> Any:
+def resumable_field(default: Any, description: str, **limits: Any) -> Any:
     """A field that doesn't change what is learned, so that a run may be resumed with another value."""
-    return Field(default, description=description, json_schema_extra={"free": True}, **limits)
+    return Field(default, description=description, json_schema_extra={"resumable": True}, **limits)
+
+
+def is_resumable(field: FieldInfo) -> bool:
+    """Whether a run may be resumed with another value of this field."""
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and bool(extra.get("resumable"))
 
 
 class ModelSection(Section):
@@ -98,7 +101,7 @@ class DataSection(Section):
     label_shift: int = Field(0, description="Added to labels; -1 where 0 means unlabelled and classes count from 1.")
     streaming: bool = Field(False, description="Read while training instead of downloading first.")
     shuffle_buffer: int = Field(1000, description="With `streaming`: examples to draw from at random.", ge=1)
-    workers: int = free(4, "Processes that decode and augment, for each training process; 0 for none.", ge=0)
+    workers: int = resumable_field(4, "Processes that decode and augment, for each training process; 0 for none.", ge=0)
 
 
 class AugmentationSection(Section):
@@ -150,25 +153,29 @@ class TrainingSection(Section):
 
 
 class EvaluationSection(Section):
-    every: int = free(5000, "Steps between evaluations; one more follows the last step.", ge=1)
-    limit: int | None = free(None, "Number of images to evaluate on. Default: all.", ge=1)
-    pictures: int = free(4, "Validation images drawn with their predictions for the trackers and in `pictures/`.", ge=0)
+    every: int = resumable_field(5000, "Steps between evaluations; one more follows the last step.", ge=1)
+    limit: int | None = resumable_field(None, "Number of images to evaluate on. Default: all.", ge=1)
+    pictures: int = resumable_field(
+        4, "Validation images drawn with their predictions for the trackers and in `pictures/`.", ge=0
+    )
 
 
 class CheckpointSection(Section):
-    every: int = free(1000, "Steps between checkpoints. Others precede each evaluation and follow the last step.", ge=1)
-    keep: int = free(2, "How many of the latest checkpoints to keep.", ge=1)
+    every: int = resumable_field(
+        1000, "Steps between checkpoints. Others precede each evaluation and follow the last step.", ge=1
+    )
+    keep: int = resumable_field(2, "How many of the latest checkpoints to keep.", ge=1)
 
 
 class LoggingSection(Section):
-    every: int = free(20, "Steps between lines on the console. `log.jsonl` has every step.", ge=1)
-    trackers: list[Literal["tensorboard", "wandb"]] = free([], "Where to send figures and pictures, too.")
-    project: str = free("san-hf", "The trackers' project.")
+    every: int = resumable_field(20, "Steps between lines on the console. `log.jsonl` has every step.", ge=1)
+    trackers: list[Literal["tensorboard", "wandb"]] = resumable_field([], "Where to send figures and pictures, too.")
+    project: str = resumable_field("san-hf", "The trackers' project.")
 
 
 class HubSection(Section):
-    repo: str | None = free(None, "Repository to push the final model to: `owner/name`.")
-    private: bool | None = free(None, "Whether a new repository is private. Default: the account's.")
+    repo: str | None = resumable_field(None, "Repository to push the final model to: `owner/name`.")
+    private: bool | None = resumable_field(None, "Whether a new repository is private. Default: the account's.")
 
     @model_validator(mode="after")
     def check(self):
@@ -180,7 +187,7 @@ class HubSection(Section):
 class TrainingConfig(Section):
     """Everything a training depends on. The defaults are SAN's recipe for COCO-Stuff (Xu et al., 2023)."""
 
-    output: str = free(..., "Folder for everything the run writes.")
+    output: str = resumable_field(..., "Folder for everything the run writes.")
     seed: int = Field(0, description="Of initialisation, order of the data, augmentation and loss.", ge=0, lt=2**32)
     model: ModelSection
     data: DataSection
@@ -193,44 +200,7 @@ class TrainingConfig(Section):
     hub: HubSection = HubSection()
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """
-    Reads a configuration.
-
-    Args:
-        path: a YAML file; its key `base` may name another one, relative to it, that it changes.
-        overrides: "section.key=value" with the value in YAML, such as "optimizer.learning_rate=5e-5" or
-            "model.san_config={num_queries: 50}". They win over the file.
-
-    Raises:
-        ConfigError: a file that can't be read, a key that isn't known or is missing, or a value of the wrong kind.
-    """
-    values = _read_file(Path(path)) if path is not None else {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key.strip("- "):
-            raise ConfigError(f"Got {override!r}, expected key=value such as optimizer.learning_rate=5e-5.")
-        try:
-            change = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"The value of {override!r} is no YAML: {_one_line(error)}.") from error
-        for part in reversed(key.strip().split(".")):
-            change = {part: change}
-        values = _merge(values, change)
-    try:
-        return TrainingConfig.model_validate(values)
-    except ValidationError as error:
-        where = f"'{path}'" if path is not None else "The configuration"
-        problems = "\n  ".join(_describe(problem) for problem in error.errors())
-        raise ConfigError(f"{where} can't be used:\n  {problems}") from error
-
-
-def save_config(config: TrainingConfig, path: Path) -> None:
-    """Writes every key with its value."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def fields(section: type[Section] = TrainingConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def fields(section: type[Section] = TrainingConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Every key with its pydantic field, sections resolved: ("optimizer.learning_rate", FieldInfo), ..."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
@@ -243,130 +213,21 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, An
     """The keys that matter for what is learned, and differ between two dumped configurations: {key: (old, new)}."""
     found = {}
     for key, field in fields():
-        if not (field.json_schema_extra or {}).get("free"):
-            before, after = _get(old, key), _get(new, key)
+        if not is_resumable(field):
+            before, after = value_at(old, key), value_at(new, key)
             if before != after:
                 found[key] = before, after
     return found
 
 
-def table() -> str:
-    """All keys as a Markdown table; a dagger marks those that may change on resuming."""
-    lines = ["| key | type | default | what it is |", "|---|---|---|---|"]
-    for key, field in fields():
-        mark = " †" if (field.json_schema_extra or {}).get("free") else ""
-        default = field.get_default(call_default_factory=True)
-        shown = "required" if default is PydanticUndefined or default is ... else f"`{_to_yaml(default)}`"
-        kind = _type_name(field.annotation).replace("|", r"\|")
-        lines.append(f"| `{key}`{mark} | {kind} | {shown} | {field.description} |")
-    return "\n".join(lines)
-
-
-def describe(config: TrainingConfig) -> str:
-    """Every key with its value and what it is."""
-    values = config.model_dump()
-    return "\n".join(f"{key}={_to_yaml(_get(values, key))}\n    {field.description}" for key, field in fields())
-
-
-def suggest(name: str, known) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?" where a known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans (5e-5 is a number, `no` a word), and no key twice."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} occurs twice in line {node.start_mark.line + 1} and after")
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:[tT]rue|[fF]alse)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"The configuration '{path}' can't be read: {reason}.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"The configuration '{path}' is no YAML: {_one_line(error)}.") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"The configuration '{path}' holds {type(values).__name__}, expected keys with values.")
-    if (base := values.pop("base", None)) is None:
-        return values
-    if not isinstance(base, str):
-        raise ConfigError(f"'{path}': base: got {base!r}, expected the name of a YAML file beside it.")
-    if path.resolve() in seen:
-        raise ConfigError(f"'{path}' is its own base, by way of {', '.join(map(str, seen))}.")
-    return _merge(_read_file(path.parent / base, (*seen, path.resolve())), values)
-
-
-def _merge(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged key by key; everything else is replaced."""
-    merged = dict(values)
-    for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
-def _describe(problem: dict[str, Any]) -> str:
-    """A pydantic error in one line: the key, what came, what was expected."""
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location) or "the whole"
-    if problem["type"] == "extra_forbidden":
-        known = {name for name, _ in fields()} | set(TrainingConfig.model_fields)
-        section = ".".join(location[:-1])
-        inside = [name.removeprefix(f"{section}.") for name in known if name.startswith(f"{section}.") or not section]
-        hint = suggest(location[-1], inside)
-        if not hint and (elsewhere := sorted(name for name in known if name.split(".")[-1] == location[-1])):
-            hint = f"; did you mean {elsewhere[0]}?"
-        return f"{key}: unknown key{hint}"
-    if problem["type"] == "missing":
-        return f"{key}: missing, and there is no default"
-    if problem["type"] == "value_error":
-        return f"{key}: {problem['ctx']['error']}"
-    message = problem["msg"].removeprefix("Input ")
-    return f"{key}: {message}, got {problem['input']!r:.80}"
-
-
-def _get(values: dict[str, Any], key: str) -> Any:
+def value_at(values: dict[str, Any], key: str) -> Any:
+    """The value of a key such as "optimizer.learning_rate" in a dumped configuration; None if there is none."""
     for part in key.split("."):
         values = values.get(part) if isinstance(values, dict) else None
     return values
-
-
-def _to_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...").strip()
-
-
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) is Annotated:
-        return _type_name(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return " | ".join(map(str, get_args(annotation)))
-    if get_origin(annotation) is types.UnionType or str(get_origin(annotation)) == "typing.Union":
-        return " | ".join("null" if part is type(None) else _type_name(part) for part in get_args(annotation))
-    if get_origin(annotation) is list:
-        return f"list of {_type_name(get_args(annotation)[0])}"
-    return {"dict": "mapping"}.get(getattr(annotation, "__name__", "") or "", getattr(annotation, "__name__", "any"))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")

@@ -15,7 +15,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from .checkpoint import reason, write_atomically
+from san_hf.files import write_file
+from san_hf.messages import one_line
+
 from .config import ConfigError, LoggingSection
 
 
@@ -63,8 +65,8 @@ class RunLog:
                 )
             except Exception as error:  # each tracker has errors of its own
                 raise ConfigError(
-                    f"logging.trackers: {', '.join(logging.trackers)} can't be started: {reason(error)}. Leave it out, "
-                    "or, for wandb without an account or a network, set WANDB_MODE=offline."
+                    f"logging.trackers: {', '.join(logging.trackers)} can't be started: {one_line(error)}. Leave it "
+                    "out, or, for wandb without an account or a network, set WANDB_MODE=offline."
                 ) from error
 
     def __enter__(self) -> "RunLog":
@@ -139,7 +141,7 @@ class Clock:
         self.waited += time.perf_counter() - before
         return batch
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Of the step that ends now."""
         seconds = time.perf_counter() - self.started
         # The first step compiles, allocates and fills caches: it says nothing about the others.
@@ -183,7 +185,7 @@ def truncate_log(output: Path, step: int, evaluated: int) -> None:
             break
         if record["step"] <= (evaluated if "validation" in record else step):
             kept.append(line + "\n")
-    write_atomically(file, "".join(kept))
+    write_file(file, "".join(kept))
 
 
 def _step_line(record: dict[str, Any], steps: int) -> str:

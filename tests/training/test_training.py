@@ -23,10 +23,12 @@ from typer.testing import CliRunner
 from san_hf import from_pretrained
 from san_hf.cli import app
 from san_hf.data import DataError, load_segmentation_dataset
-from san_hf.training import TrainingTransform, checkpoint, loop
+from san_hf.training import TrainingTransform, processes, run
 from san_hf.training.checkpoint import list_checkpoints
-from san_hf.training.config import ConfigError, TrainingConfig, fields, load_config, table
-from san_hf.training.loop import TrainingError, train
+from san_hf.training.config import ConfigError, TrainingConfig, fields
+from san_hf.training.config_file import load_config, table
+from san_hf.training.errors import TrainingError
+from san_hf.training.loop import train
 from san_hf.training.model import build_model
 from san_hf.training.stream import AugmentedSamples, SampleStream
 from tests.training.training_runs import (
@@ -281,32 +283,33 @@ def test_killed_while_training(root, whole, tmp_path):
     assert weights(tmp_path / "run") == weights(whole)
 
 
-def killed_at(place: str, count: int, config: TrainingConfig) -> None:
-    """Trains, and is killed by the `count`-th call of a function of the checkpoints, before it does anything."""
-    function, calls = getattr(checkpoint, place), []
+def killed_at(count: int, config: TrainingConfig) -> None:
+    """Trains, and is killed before the `count`-th time that a file or folder gets another name."""
+    rename, calls = os.rename, []
 
     def last_call(*args):
         calls.append(args)
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
+        rename(*args)
 
-    setattr(checkpoint, place, last_call)
+    os.rename = last_call
     train(config)
 
 
-# The first checkpoint of `whole` is at step 3, the second at 4, for the evaluation, and there "best" is written.
-@pytest.mark.parametrize(("place", "count"), [("publish_folder", 1), ("publish_folder", 3), ("remove_folder", 4)])
-def test_killed_while_saving(root, whole, tmp_path, place, count):
+# The first checkpoint of `whole` is at step 3, the second at 4, for the evaluation, and there "best" is written; later
+# ones rename the oldest checkpoint to remove it, and the old "best" to replace it.
+@pytest.mark.parametrize("count", [1, 3, 5, 6])
+def test_killed_while_saving(root, whole, tmp_path, count):
     """SIGKILL in the midst of writing a checkpoint or a model: no half of it counts, and nothing is lost."""
     config = configure(root, tmp_path / "run", *BUSY)
-    (outcome,) = Run(killed_at, place, count, config).outcomes()
+    (outcome,) = Run(killed_at, count, config).outcomes()
     assert outcome is None
     (outcome,) = Run(train, config, True).outcomes()
     assert outcome == tmp_path / "run" / "final", outcome
     assert read_log(tmp_path / "run") == read_log(whole)
     assert weights(tmp_path / "run") == weights(whole)
-    assert not list((tmp_path / "run").rglob(".partial*"))
+    assert not [*(tmp_path / "run").rglob("*.partial"), *(tmp_path / "run").rglob("*.replaced")]
 
 
 def test_two_processes_resume_and_stop(root, tmp_path):
@@ -391,12 +394,12 @@ def test_launched_otherwise_than_configured(root, tmp_path, monkeypatch, variabl
 
 def test_second_ctrl_c(monkeypatch):
     """Catches a launcher's copy of a Ctrl-C that is taken for a second one, and a second one that is passed over."""
-    with loop.StopRequest() as stop:
+    with processes.StopRequest() as stop:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
         later = time.monotonic() + 3
-        monkeypatch.setattr(loop.time, "monotonic", lambda: later)
+        monkeypatch.setattr(processes.time, "monotonic", lambda: later)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -467,7 +470,7 @@ def test_read_only_output(root, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(loop, "truncate_log", refuse)
+    monkeypatch.setattr(run, "truncate_log", refuse)
     with pytest.raises(TrainingError, match="run' can't be used: Read-only file system"):
         train(configure(root, tmp_path / "run"))
 
@@ -542,7 +545,7 @@ def test_full_disk(root, tmp_path):
     assert error == "CheckpointError"
     assert "The checkpoint of step 3 can't be written" in message
     assert not list_checkpoints(tmp_path / "run")
-    assert not list((tmp_path / "run").rglob(".partial*"))
+    assert not [*(tmp_path / "run").rglob("*.partial"), *(tmp_path / "run").rglob("*.replaced")]
     assert Run(train, config, True).outcomes() == [tmp_path / "run" / "final"]
 
 
@@ -643,3 +646,61 @@ def test_unfrozen_clip(root, tmp_path):
         # What the model carries is what its own text tower says.
         embeds = model.get_class_embeds(**processor(text=CLASSES))
         assert torch.allclose(embeds, model.class_embeds, atol=1e-6)
+
+
+def test_recipes_by_name(tmp_path, monkeypatch):
+    """Catches recipes that are found in a checkout only, and a file of one's own that a recipe's name hides."""
+    monkeypatch.chdir(tmp_path)
+    for file in RECIPES.glob("*.yaml"):
+        needed = ["model.checkpoint=x"] if "coco" not in file.stem else []
+        assert load_config(file.stem, ["data.source=x", *needed]) == load_config(file, ["data.source=x", *needed])
+    with pytest.raises(
+        ConfigError, match="none of the package's recipes has that name: coco_stuff_vit_b16, .*finetune"
+    ):
+        load_config("fine")
+    Path("finetune").write_text("training: {steps: 3}")
+    assert load_config("finetune", ["output=a", "model.clip=b", "data.source=c"]).training.steps == 3
+
+
+def counted(config: TrainingConfig) -> tuple[int, int, int]:
+    """Trains; how many prompts the text tower saw, images the vision tower while evaluating, and examples decoded."""
+    from san_hf.data import SegmentationDataset
+    from san_hf.modeling import SANForSemanticSegmentation, SANModel
+
+    encode_text, see, decode = (
+        SANForSemanticSegmentation.get_class_embeds,
+        SANModel.forward,
+        SegmentationDataset.example,
+    )
+    prompts, images, examples = [], [], []
+
+    def count_prompts(self, input_ids, *args, **kwargs):
+        prompts.append(input_ids.shape[0] * input_ids.shape[1])
+        return encode_text(self, input_ids, *args, **kwargs)
+
+    def count_images(self, pixel_values, *args, **kwargs):
+        images.append(0 if self.training else len(pixel_values))
+        return see(self, pixel_values, *args, **kwargs)
+
+    def count_examples(self, row, index):
+        examples.append(self.split == "validation")
+        return decode(self, row, index)
+
+    SANForSemanticSegmentation.get_class_embeds, SANModel.forward = count_prompts, count_images
+    SegmentationDataset.example = count_examples
+    train(config)
+    return sum(prompts), sum(images), sum(examples)
+
+
+def test_nothing_is_computed_twice(root, tmp_path):
+    """
+    Catches class names that are encoded for each evaluation, validation images that go through the model again to be
+    drawn, and examples that are decoded again for that.
+    """
+    options = ["evaluation.every=2", "evaluation.pictures=2", "training.steps=6"]
+    config = configure(root, tmp_path / "run", *options)
+    ((prompts, images, examples),) = Run(counted, config).outcomes()
+    assert prompts == len(CLASSES) * 14
+    assert images == 3 * 3  # evaluations x validation images
+    assert examples == 3 * 3 + 1  # and one, when the data set is opened, to see whether it has labels
+    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 3

@@ -15,7 +15,8 @@ from PIL import Image
 
 from san_hf.hub import save_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
-from san_hf.training.config import TrainingConfig, load_config
+from san_hf.training.config import TrainingConfig
+from san_hf.training.config_file import load_config
 from tests.tiny import tiny_config, tiny_tokenizer
 
 

@@ -1,0 +1,389 @@
+"""One training run: its folder, its parts, and all that happens between the steps."""
+
+import math
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import set_seed
+
+from san_hf.data import SegmentationDataset, load_segmentation_dataset
+from san_hf.evaluation.evaluator import Evaluation, evaluate
+from san_hf.evaluation.pictures import draw_kept
+from san_hf.files import new_file, remove_leftovers
+from san_hf.hub import push_to_hub, save_pretrained
+from san_hf.inference import Vocabulary
+from san_hf.messages import join_some, one_line
+from san_hf.modeling import SANForSemanticSegmentation
+
+from .augmentation import TrainingTransform
+from .checkpoint import list_checkpoints, read_progress, save_checkpoint
+from .collator import SegmentationCollator
+from .config import ConfigError, TrainingConfig, changes
+from .config_file import save_config
+from .errors import TrainingError
+from .model import build_model, set_vocabulary, trains_text
+from .optimization import parameter_groups, polynomial_schedule
+from .processes import check_launch, new_shared_folder, on_main_process, whole_model
+from .run_log import RunLog, check_trackers, truncate_log
+from .stream import SampleStream, build_loader
+
+
+CONFIG_FILE = "config.yaml"
+
+
+class Run:
+    """
+    A run, ready to train: new, or as its last checkpoint left it. Called by every process.
+
+    Args:
+        config: see [`TrainingConfig`].
+        resume: whether to go on with the run in `config.output`.
+
+    Attributes:
+        accelerator, config, output: what trains, how, and where to.
+        progress: what a checkpoint knows beside the states: "step", "evaluated" (the step of the last evaluation),
+            "best" (step and mIoU), "run" (the run's id), "config", "data", "epoch_length".
+        saved: the step of the last checkpoint.
+        data, validation: what to train and to evaluate on.
+        model: as Accelerate wraps it; `processor`: the model's.
+        optimizer, scheduler, loader: the optimiser, its learning rate, endless batches.
+        text_inputs: token ids of the class names, where the text tower is trained; else nothing.
+
+    Raises:
+        ConfigError, DataError, TrainingError, CheckpointError: see [`san_hf.training.loop.train`].
+    """
+
+    def __init__(self, config: TrainingConfig, resume: bool):
+        self.config = config
+        self.output = Path(config.output).expanduser()
+        check_trackers(config.logging.trackers)
+        self.accelerator = self._start_accelerator()
+        check_launch(self.accelerator, config)
+        progress = on_main_process(self.accelerator, lambda: self._open_output(resume))
+        set_seed(config.seed)
+
+        self.data, self.validation = self._load_data()
+        model, self.processor = build_model(config.model, self.data)
+        if config.training.gradient_checkpointing:
+            # The older name goes once setup.py asks for a transformers that has the newer one.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.optimizer.weight_decay, config.optimizer.clip_learning_rate),
+            lr=config.optimizer.learning_rate,
+        )
+        scheduler = polynomial_schedule(
+            optimizer, config.training.steps, config.optimizer.power, config.optimizer.warmup_steps
+        )
+        self.stream = self._build_stream(progress)
+        transform = TrainingTransform(**config.augmentation.model_dump(), ignore_index=self.data.ignore_index)
+        collator = SegmentationCollator(self.processor, self.data.ignore_index)
+        self.loader = build_loader(self.stream, transform, collator, config.data.workers)
+        # Before preparing, which DeepSpeed does only if it knows this.
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
+                self.stream.batch_size // self.accelerator.num_processes
+            )
+        self.trains_text = trains_text(model)
+        self.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
+        # Again: what DeepSpeed is told of accumulation holds from here on.
+        check_launch(self.accelerator, config)
+        self.text_inputs: dict[str, torch.Tensor] = {}
+        if self.trains_text:
+            text = self.processor(text=self.data.class_names, return_tensors="pt")
+            self.text_inputs = dict(text.to(self.accelerator.device))
+        self._vocabulary: Vocabulary | None = None
+
+        if progress is None:
+            progress = {"step": 0, "evaluated": 0, "best": None, "run": uuid.uuid4().hex[:8]}
+        else:
+            self.accelerator.load_state(str(list_checkpoints(self.output)[-1]))
+        self.progress: dict[str, Any] = progress
+        self.progress["config"] = config.model_dump()
+        self.progress["data"] = self._data_fingerprint()
+        self.saved = self.step
+
+    @property
+    def step(self) -> int:
+        """How many steps were taken."""
+        return self.progress["step"]
+
+    @property
+    def steps(self) -> int:
+        """How many there are."""
+        return self.config.training.steps
+
+    @property
+    def evaluates_now(self) -> bool:
+        """Whether an evaluation follows the last step."""
+        due = self.step % self.config.evaluation.every == 0 or self.step == self.steps
+        return due and self.validation is not None and self.step > self.progress["evaluated"]
+
+    @property
+    def saves_now(self) -> bool:
+        """Whether a checkpoint follows the last step."""
+        due = self.step % self.config.checkpoints.every == 0 or self.step == self.steps or self.evaluates_now
+        return due and self.step > self.saved
+
+    def open_log(self) -> RunLog:
+        """The run's log, for `with`."""
+        self.log = RunLog(
+            self.accelerator,
+            self.output,
+            self.config.logging,
+            self.progress["config"],
+            self.progress["run"],
+            self.step,
+            self.steps,
+        )
+        return self.log
+
+    def describe(self) -> str:
+        """The first line of a run."""
+        data, config, accelerator = self.data, self.config, self.accelerator
+        examples = f"{len(data)} images" if hasattr(data.dataset, "__len__") else "a stream of images"
+        processes = f" x {accelerator.num_processes}" if accelerator.num_processes > 1 else ""
+        return (
+            f"{f'Continuing after step {self.step}: ' if self.step else 'Training: '}{examples} of {data.name} "
+            f"({data.split}), {len(data.class_names)} classes; {self.trainable:,} trainable parameters; "
+            f"{accelerator.device.type}{processes}, precision {accelerator.mixed_precision}; "
+            f"{self.steps} steps of {config.training.batch_size} images"
+        )
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        self.log.flush()
+        self.progress["epoch_length"] = self.stream.epoch_length
+        save_checkpoint(self.accelerator, self.output, self.progress, self.config.checkpoints.keep)
+        self.saved = self.step
+
+    def evaluate(self, log: RunLog) -> None:
+        """Measures the model, notes the metrics, and keeps the model if it is the best so far."""
+        validation, config = self.validation, self.config
+        if validation is None:
+            return
+        started = time.perf_counter()
+        best = self.progress["best"]
+        model = whole_model(self.accelerator, self.model)
+        drawn = self._examples_to_draw(validation)
+        bar = "Evaluating" if self.accelerator.is_main_process and sys.stderr.isatty() else None
+        results = evaluate(
+            model,
+            self.processor,
+            validation,
+            accelerator=self.accelerator,
+            vocabulary=self._vocabulary_for(model, validation),
+            limit=config.evaluation.limit,
+            keep=drawn,
+            progress=bar,
+        )
+        miou = results.metrics["mIoU"]
+        # There is none where nothing has a label.
+        is_best = not math.isnan(miou) and (best is None or miou > best["mIoU"])
+        self.progress["evaluated"] = self.step
+        if is_best:
+            self.progress["best"] = {"step": self.step, "mIoU": miou}
+            self._save_model(self.output / "best", model, self._card_facts(validation, results.metrics))
+        log.evaluation(self.step, results.metrics, time.perf_counter() - started, is_best)
+        if drawn:
+            on_main_process(self.accelerator, lambda: self._draw(results, drawn, validation, log))
+
+    def finish(self, log: RunLog) -> Path:
+        """Writes the final model, and pushes it."""
+        model = whole_model(self.accelerator, self.model)
+        if self.trains_text:
+            set_vocabulary(model, self.processor, self.data.class_names)
+        facts = self._card_facts(self.data, None)
+        folder, repository = self.output / "final", self.config.hub.repo
+        self._save_model(folder, model, facts)
+        log.say(f"Wrote {folder}.")
+        if best := self.progress["best"]:
+            log.say(
+                f"Best on the validation data: step {best['step']}, mIoU {best['mIoU']:.2f}, in {self.output / 'best'}."
+            )
+        if repository is not None:
+            on_main_process(self.accelerator, lambda: self._push(repository, folder, model, facts))
+            log.say(f"Pushed to {repository}.")
+        return folder
+
+    def _start_accelerator(self) -> Accelerator:
+        config = self.config
+        try:
+            return Accelerator(
+                mixed_precision=config.training.mixed_precision,
+                gradient_accumulation_steps=config.training.gradient_accumulation,
+                log_with=config.logging.trackers or None,
+                project_dir=str(self.output),
+                step_scheduler_with_optimizer=False,
+            )
+        except ValueError as error:
+            precision = config.training.mixed_precision
+            raise ConfigError(
+                f"Accelerate can't begin, with training.mixed_precision={precision}: {one_line(error)}."
+            ) from error
+
+    def _open_output(self, resume: bool) -> dict[str, Any] | None:
+        """Makes the run's folder ready: for a new run, or (its last checkpoint's progress is returned) to go on."""
+        config, output, progress = self.config, self.output, None
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            for folder in (output, output / "checkpoints", output / "pictures"):
+                remove_leftovers(folder)
+            present = sorted(path.name for path in output.iterdir())
+            if present and not resume:
+                raise TrainingError(
+                    f"The output folder '{output}' is not empty: it has {', '.join(present[:5])}"
+                    f"{' ...' if len(present) > 5 else ''}. Continue its run with --resume, or choose another output."
+                )
+            if present and CONFIG_FILE not in present:
+                raise TrainingError(
+                    f"'{output}' holds no run to resume: there is no {CONFIG_FILE}, but {join_some(present, 5)}."
+                )
+            if checkpoints := list_checkpoints(output):
+                progress = read_progress(checkpoints[-1])
+                if different := changes(progress["config"], config.model_dump()):
+                    listed = "".join(f"\n  {key}: was {old!r}, is {new!r}" for key, (old, new) in different.items())
+                    raise ConfigError(
+                        f"The run in '{output}' was started with another configuration:{listed}\nResume it with "
+                        f"--config {output / CONFIG_FILE}, or start a new run in another output."
+                    )
+            step, evaluated = (progress["step"], progress["evaluated"]) if progress else (0, 0)
+            truncate_log(output, step, evaluated)
+            save_config(config, output / CONFIG_FILE)
+        except (ConfigError, TrainingError):
+            raise
+        except OSError as error:
+            raise TrainingError(f"The output folder '{output}' can't be used: {one_line(error)}.") from error
+        return progress
+
+    def _load_data(self) -> tuple[SegmentationDataset, SegmentationDataset | None]:
+        section = self.config.data
+        options: dict[str, Any] = {
+            "image_column": section.image_column,
+            "label_column": section.label_column,
+            "class_names": section.class_names,
+            "ignore_index": section.ignore_index,
+            "label_shift": section.label_shift,
+            "streaming": section.streaming,
+        }
+        version = {"config_name": section.config_name, "revision": section.revision}
+        data = load_segmentation_dataset(section.source, section.split, **options, **version)
+        if section.validation_split is None:
+            return data, None
+        if section.validation_source is None:
+            return data, load_segmentation_dataset(section.source, section.validation_split, **options, **version)
+        return data, load_segmentation_dataset(section.validation_source, section.validation_split, **options)
+
+    def _data_fingerprint(self) -> dict[str, Any]:
+        """What of the data the order of the samples depends on."""
+        examples = None if not hasattr(self.data.dataset, "__len__") else len(self.data)
+        return {"examples": examples, "class_names": self.data.class_names}
+
+    def _build_stream(self, progress: dict[str, Any] | None) -> SampleStream:
+        config, data, accelerator = self.config, self.data, self.accelerator
+        batch_size = config.training.batch_size // config.training.gradient_accumulation
+        if batch_size < accelerator.num_processes:
+            raise ConfigError(
+                f"training.batch_size ({config.training.batch_size}) gives {batch_size} images at a time for "
+                f"{accelerator.num_processes} processes: expected at least one for each."
+            )
+        if progress is not None and progress["data"] != (now := self._data_fingerprint()):
+            raise ConfigError(
+                f"The data have changed since the run was started: it had {progress['data']['examples']} examples and "
+                f"the classes {progress['data']['class_names']!r:.200}, there are now {now['examples']} and "
+                f"{data.class_names!r:.200}. Start a new run in another output."
+            )
+        return SampleStream(
+            data,
+            config.seed,
+            batch_size,
+            first=config.training.batch_size * (progress["step"] if progress else 0),
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            shuffle_buffer=config.data.shuffle_buffer,
+            epoch_length=progress["epoch_length"] if progress else None,
+        )
+
+    def _vocabulary_for(self, model: SANForSemanticSegmentation, data: SegmentationDataset) -> Vocabulary | None:
+        """The validation data's class names, encoded once in the run; None while the text tower changes."""
+        if self.trains_text:
+            return None
+        if self._vocabulary is None:
+            if data.class_names == self.data.class_names:
+                self._vocabulary = Vocabulary.of_model(model)
+            else:
+                self._vocabulary = Vocabulary.encode(
+                    model, self.processor, data.class_names, autocast=self.accelerator.autocast
+                )
+        return self._vocabulary
+
+    def _examples_to_draw(self, validation: SegmentationDataset) -> list[int]:
+        """The same few validation images after each evaluation, evenly spread over those that are evaluated."""
+        if not self.config.evaluation.pictures or self.config.data.streaming:
+            return []
+        total = min(len(validation), self.config.evaluation.limit or len(validation))
+        count = min(self.config.evaluation.pictures, total)
+        return [number * total // count for number in range(count)]
+
+    def _draw(self, results: Evaluation, drawn: list[int], validation: SegmentationDataset, log: RunLog) -> None:
+        titles = {index: results.examples[index].name for index in drawn}
+        columns = {f"step {self.step}": results.examples}
+        picture = draw_kept(columns, titles, validation.class_names, validation.ignore_index)
+        folder = self.output / "pictures"
+        folder.mkdir(exist_ok=True)
+        with new_file(folder / f"step-{self.step:08d}.png") as file:
+            picture.save(file, format="png")
+        log.picture(self.step, picture)
+
+    def _save_model(self, folder: Path, model: SANForSemanticSegmentation, facts: dict[str, Any]) -> None:
+        """Writes a complete model folder, or nothing."""
+        try:
+            with new_shared_folder(self.accelerator, folder) as temporary:
+                if self.accelerator.is_main_process:
+                    name = folder.resolve().parent.name
+                    save_pretrained(model, self.processor, temporary, facts=facts, model_id=name)
+        # A full disk has many names, see save_checkpoint.
+        except Exception as error:
+            raise TrainingError(
+                f"The model can't be written to '{folder}': {one_line(error)}. The checkpoints are kept: make room and "
+                "continue with --resume."
+            ) from error
+
+    def _push(self, repository: str, folder: Path, model: SANForSemanticSegmentation, facts: dict[str, Any]) -> None:
+        try:
+            push_to_hub(model, self.processor, repository, facts=facts, private=self.config.hub.private)
+        except Exception as error:  # networks fail in many ways
+            raise TrainingError(
+                f"The model could not be pushed to '{repository}': {one_line(error)}. It is complete in '{folder}': "
+                f"hf upload {repository} {folder}"
+            ) from error
+
+    def _card_facts(self, data: SegmentationDataset, metrics: dict[str, float] | None) -> dict[str, Any]:
+        """What the card of a trained model says."""
+        config = self.config
+        start = config.model.checkpoint or config.model.clip
+        training = (
+            f"Started from `{start}` and trained for {self.step} of {self.steps} steps of "
+            f"{config.training.batch_size} images on `{config.data.source}` ({config.data.split}), "
+            f"{len(data.class_names)} classes, with AdamW at a learning rate of {config.optimizer.learning_rate:g}. "
+            f"CLIP was {'frozen' if config.model.freeze_clip else 'trained, too'}. Crops of "
+            f"{config.augmentation.crop_size} pixels, seed {config.seed}."
+        )
+        facts: dict[str, Any] = {
+            "title": self.output.resolve().name,
+            "training": training,
+            "sample_classes": data.class_names[:3],
+        }
+        if metrics is not None:
+            results = {name: round(metrics[name], 2) for name in ("mIoU", "fwIoU", "mACC", "pACC")}
+            facts["results"] = [{"dataset": f"{data.name} {data.split}", **results}]
+            facts["results_note"] = "In percent, of this run's own evaluation" + (
+                f" on {config.evaluation.limit} images." if config.evaluation.limit else "."
+            )
+        return facts
