@@ -1,6 +1,6 @@
 """Makes the embedded checkpoint, `san_hf/checkpoints/picture-book`, from a seed.
 
-Tokenizer, CLIP and SAN are trained as `san_hf.picture_book.training` says; then SAN is measured on test pages. On two
+Tokenizer, CLIP and SAN are trained as `san_hf.picture_book` says; then SAN is measured on test pages. On two
 CPU cores without AVX-512 this takes an hour and a half (CLIP 55 minutes, 5,000 steps of SAN 0.37 s each).
 
     python scripts/make_embedded_checkpoint.py
@@ -18,17 +18,11 @@ from transformers import CLIPModel, CLIPTokenizer
 from san_hf.cards import load_facts
 from san_hf.hub import save_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
-from san_hf.picture_book import scenes as book
-from san_hf.picture_book.training import (
-    CLIP_PHASES,
-    CLIPPhase,
-    build_processor,
-    measure,
-    train_clip,
-    train_san,
-    train_tokenizer,
-    zero_shot_accuracy,
-)
+from san_hf.picture_book.clip import CLIP_PHASES, CLIPPhase, train_clip, train_tokenizer, zero_shot_accuracy
+from san_hf.picture_book.measure import measure
+from san_hf.picture_book.objects import CLASS_NAMES
+from san_hf.picture_book.san import build_processor, train_san
+from san_hf.picture_book.scenes import draw_scene
 
 
 NAME = "picture-book"
@@ -71,7 +65,7 @@ def save(model: SANForSemanticSegmentation, processor: SANProcessor, results: di
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    book.draw_scene(SAMPLE_SEED, (512, 384), SAMPLE).image.save(folder / "sample.png")
+    draw_scene(SAMPLE_SEED, (512, 384), SAMPLE).image.save(folder / "sample.png")
 
 
 def main() -> None:
@@ -96,7 +90,7 @@ def main() -> None:
 
     processor = build_processor(tokenizer)
     model = train_san(clip_folder, processor, recipe.pages, recipe.san_steps, arguments.seed)
-    model.set_vocabulary(list(book.CLASS_NAMES), **processor(text=list(book.CLASS_NAMES), return_tensors="pt"))
+    model.set_vocabulary(list(CLASS_NAMES), **processor(text=list(CLASS_NAMES)))
     model.half().float()  # what is measured is what the files hold
     results |= {"test_pages": recipe.test_pages, **measure(model, processor, recipe.test_pages)}
     print(json.dumps(results, indent=2), flush=True)

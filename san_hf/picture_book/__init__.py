@@ -1,1 +1,1 @@
-"""The generated picture-book scenes and how the embedded checkpoint learns from them."""
+"""The picture book: generated scenes with exact label maps, and the training of the embedded checkpoint on them."""

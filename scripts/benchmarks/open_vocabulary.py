@@ -25,8 +25,9 @@ import numpy as np
 import torch
 from transformers import CLIPTokenizer
 
-from san_hf.picture_book.scenes import VALIDATION_SEED
-from san_hf.picture_book.training import build_processor, measure, train_clip, train_san, train_tokenizer
+from san_hf.picture_book.clip import train_clip, train_tokenizer
+from san_hf.picture_book.measure import VALIDATION_SEED, measure
+from san_hf.picture_book.san import build_processor, train_san
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,8 @@ from san_hf.hub import from_pretrained
 from san_hf.inference import Predictor, Segmenter
 from san_hf.inference.predictor import AUGMENTATION_SCALES
 from san_hf.inference.vocabulary import split_synonyms
-from san_hf.picture_book.scenes import CLASS_NAMES, draw_scene
+from san_hf.picture_book.objects import CLASS_NAMES
+from san_hf.picture_book.scenes import draw_scene
 from san_hf.visualization import (
     COMPARISON_SIZE,
     ERROR_COLOR,

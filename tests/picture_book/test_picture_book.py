@@ -15,7 +15,9 @@ from PIL import Image
 from san_hf.cards import load_facts
 from san_hf.hub import from_pretrained, resolve
 from san_hf.modeling import SANForSemanticSegmentation
-from san_hf.picture_book import scenes as book
+from san_hf.picture_book.measure import TEST_SEED, measure_label_maps
+from san_hf.picture_book.objects import ATTRIBUTES, BASE, CLASS_NAMES, COMPOSITIONS, NOVEL, OBJECTS, STUFF
+from san_hf.picture_book.scenes import draw_photo, draw_scene
 
 
 ROOT = Path(__file__).parents[2]
@@ -24,18 +26,18 @@ CHECKPOINT = Path(resolve("picture-book"))
 
 def test_base_and_novel_share_every_word_and_no_composition():
     """Catches a split in which a novel composition has a word that no mask was ever given for, or is base as well."""
-    assert set(book.BASE) | set(book.NOVEL) == set(book.COMPOSITIONS)
-    assert not set(book.BASE) & set(book.NOVEL)
-    assert len(book.NOVEL) / len(book.COMPOSITIONS) == 2 / 11
-    for split in (book.BASE, book.NOVEL):
+    assert set(BASE) | set(NOVEL) == set(COMPOSITIONS)
+    assert not set(BASE) & set(NOVEL)
+    assert len(NOVEL) / len(COMPOSITIONS) == 2 / 11
+    for split in (BASE, NOVEL):
         attributes, things = zip(*(name.split(" ") for name in split))
-        assert set(attributes) == set(book.ATTRIBUTES)
-        assert set(things) == set(book.OBJECTS)
+        assert set(attributes) == set(ATTRIBUTES)
+        assert set(things) == set(OBJECTS)
 
 
 def test_a_seed_gives_the_same_page():
     """Catches drawing from a generator that isn't the seed's: the test set would be another one each time."""
-    first, again, other = book.draw_scene([5, 1]), book.draw_scene([5, 1]), book.draw_scene([5, 2])
+    first, again, other = draw_scene([5, 1]), draw_scene([5, 1]), draw_scene([5, 2])
     assert first.image.tobytes() == again.image.tobytes()
     assert np.array_equal(first.label_map, again.label_map)
     assert first.objects == again.objects and first.caption == again.caption
@@ -48,17 +50,17 @@ def test_label_map_is_exact(seed):
 
     In a plain colour nearly all of an object's body has one hue, and pixels of the surroundings have others.
     """
-    scene = book.draw_scene([6, seed], names=["red ball", "blue car"])
+    scene = draw_scene([6, seed], names=["red ball", "blue car"])
     pixels = np.asarray(scene.image).astype(int)
     red = (pixels[..., 0] > 1.8 * pixels[..., 1]) & (pixels[..., 0] > 1.8 * pixels[..., 2])
     blue = (pixels[..., 2] > 1.6 * pixels[..., 1]) & (pixels[..., 2] > 1.8 * pixels[..., 0])
     gold = (pixels[..., 0] > 1.05 * pixels[..., 1]) & (pixels[..., 1] > 1.5 * pixels[..., 2])  # the ball's star
-    ball = scene.label_map == book.CLASS_NAMES.index("red ball")
-    car = scene.label_map == book.CLASS_NAMES.index("blue car")
+    ball = scene.label_map == CLASS_NAMES.index("red ball")
+    car = scene.label_map == CLASS_NAMES.index("blue car")
     assert (red | gold)[ball].mean() > 0.8 and (red | gold)[~ball].mean() < 0.01
     assert blue[car].mean() > 0.35 and blue[~car].mean() < 0.02
     for drawn in scene.objects:
-        ys, xs = np.nonzero(scene.label_map == book.CLASS_NAMES.index(drawn.name))
+        ys, xs = np.nonzero(scene.label_map == CLASS_NAMES.index(drawn.name))
         assert drawn.box == (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
         assert drawn.visible >= 0.55
         assert drawn.name in scene.caption
@@ -68,7 +70,7 @@ def test_what_is_nearer_covers_what_is_farther():
     """Catches a label map in which a covered object shows through: both orders would give equal areas."""
     covered = 0
     for seed in range(30):
-        scene = book.draw_scene([7, seed], names=["red tree", "blue house", "white car"])
+        scene = draw_scene([7, seed], names=["red tree", "blue house", "white car"])
         far, near = scene.objects[0], scene.objects[-1]
         assert near.visible == 1.0
         covered += far.visible < 1.0
@@ -77,20 +79,20 @@ def test_what_is_nearer_covers_what_is_farther():
 
 def test_training_pages_show_no_novel_composition():
     """Catches a leak of novel masks into training, which would make the novel figure meaningless."""
-    novel = [book.CLASS_NAMES.index(name) for name in book.NOVEL]
+    novel = [CLASS_NAMES.index(name) for name in NOVEL]
     for seed in range(40):
-        scene = book.draw_scene([8, seed], (64, 64), choose_from=book.BASE)
+        scene = draw_scene([8, seed], (64, 64), choose_from=BASE)
         assert not np.isin(scene.label_map, novel).any()
 
 
 @pytest.mark.parametrize("subject", ["striped bird", "purple boat", "sky", "mountain"])
 def test_photo_shows_its_subject(subject):
     """Catches captions that name something outside the frame: CLIP would learn nonsense."""
-    picture, things, stuff = book.draw_photo([9, 1], subject, 48, others=2)
+    picture, things, stuff = draw_photo([9, 1], subject, 48, others=2)
     assert picture.size == (48, 48) and picture.mode == "RGB"
     assert subject in things + stuff
-    assert set(things) <= set(book.COMPOSITIONS) and set(stuff) <= set(book.STUFF)
-    if subject in book.STUFF:
+    assert set(things) <= set(COMPOSITIONS) and set(stuff) <= set(STUFF)
+    if subject in STUFF:
         assert things == ()
 
 
@@ -105,21 +107,21 @@ def test_photo_shows_its_subject(subject):
 def test_refuses_what_it_cannot_draw(arguments, message):
     """Catches requests that would loop forever, draw a speck, or fail in the depths."""
     with pytest.raises(ValueError, match=message):
-        book.draw_scene(0, **arguments)
+        draw_scene(0, **arguments)
 
 
 def test_measure_of_the_truth_and_of_a_known_mistake():
     """Catches a confusion matrix the wrong way round, and means over classes that don't occur."""
-    pages = iter([book.draw_scene([book.TEST_SEED, i]) for i in range(6)])
-    perfect = book.measure(lambda image: next(pages).label_map, pages=6)
+    pages = iter([draw_scene([TEST_SEED, i]) for i in range(6)])
+    perfect = measure_label_maps(lambda image: next(pages).label_map, pages=6)
     assert perfect == {"base_miou": 100, "novel_miou": 100, "stuff_miou": 100, "pixel_accuracy": 100}
 
-    maps = [book.draw_scene([book.TEST_SEED, i]).label_map for i in range(6)]
-    sky = book.CLASS_NAMES.index("sky")
-    result = book.measure(lambda image: np.full(image.size[::-1], sky), pages=6)
+    maps = [draw_scene([TEST_SEED, i]).label_map for i in range(6)]
+    sky = CLASS_NAMES.index("sky")
+    result = measure_label_maps(lambda image: np.full(image.size[::-1], sky), pages=6)
     share = np.mean([np.mean(label_map == sky) for label_map in maps])
     occurring = {value for label_map in maps for value in np.unique(label_map).tolist()}
-    stuff = [name for name in book.STUFF if book.CLASS_NAMES.index(name) in occurring]
+    stuff = [name for name in STUFF if CLASS_NAMES.index(name) in occurring]
     assert result["pixel_accuracy"] == pytest.approx(100 * share)
     assert result["stuff_miou"] == pytest.approx(100 * share / len(stuff))
     assert result["base_miou"] == result["novel_miou"] == 0
@@ -144,8 +146,8 @@ def test_the_script_makes_a_complete_folder(made):
     """Catches a script that no longer runs from end to end, or forgets a part of the folder."""
     model, processor = from_pretrained(made / "made")
     assert model.dtype == torch.float32
-    assert model.config.id2label == dict(enumerate(book.CLASS_NAMES))
-    assert list(model.config.id2label.values()) == list(book.CLASS_NAMES)
+    assert model.config.id2label == dict(enumerate(CLASS_NAMES))
+    assert list(model.config.id2label.values()) == list(CLASS_NAMES)
     inputs = processor(images=Image.open(made / "made" / "sample.png"), text=["sky", "sea"], return_tensors="pt")
     with torch.no_grad():
         assert model(**inputs).class_queries_logits.isfinite().all()
@@ -235,7 +237,7 @@ def test_embedded_checkpoint_measures_as_its_card_says(embedded):
             outputs = model(**processor(images=image, return_tensors="pt"))
         return processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0].numpy()
 
-    measured = book.measure(segment, claimed["test_pages"])
+    measured = measure_label_maps(segment, claimed["test_pages"])
     for name, value in measured.items():
         assert value == pytest.approx(claimed[name], abs=0.5), name
     card = (CHECKPOINT / "README.md").read_text()
