@@ -15,6 +15,7 @@ DEFAULTS = {
     "summary": "Open-vocabulary semantic segmentation: a side adapter network on a frozen CLIP.",
     "sample_image": "photo.jpg",
     "sample_classes": ["cat", "grass", "sky"],
+    "has_code": True,
     "results": [],
     "definitions": {
         "mIoU": (
@@ -61,7 +62,8 @@ def render_card(
         facts: `title`, and optionally `summary`, `notice` (a plain statement set off at the top), `base_model`,
             `datasets`, `tags`, `training`, `limits` (Markdown), `results` (rows: `dataset` and figures by metric, in
             percent), `results_note` (what they are), `definitions` (meaning of each metric), `sample_image`,
-            `sample_classes` (for the example).
+            `sample_classes` (for the example), `has_code` (whether the model's code is saved beside the weights; if
+            not, the example loads them with this package).
         model_id: what `from_pretrained` takes: the repository's name on the Hub, or a folder.
         provenance: Markdown, where the weights come from.
         facts_are_of_these_weights: whether training and results are of these very weights. If not, the card says so

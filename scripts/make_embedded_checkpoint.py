@@ -8,10 +8,10 @@ CPU cores without AVX-512 this takes an hour and a half (CLIP 55 minutes, 5,000 
 
 import argparse
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -46,26 +46,37 @@ SAMPLE_SEED = (31, 1)
 SAMPLE = ("blue bird", "orange house")  # both novel
 
 
-def save(model: SANForSemanticSegmentation, processor: SANProcessor, results: dict, folder: Path) -> None:
-    """Writes the folder: weights in half precision, everything else, card, figures and sample picture.
-
-    The model's code is linked, not copied: here it lies beside the folder, and two copies would drift apart.
-    """
-    for code in folder.glob("*.py"):
-        code.unlink()
+def card_facts(results: dict[str, Any]) -> dict[str, Any]:
+    """Facts for the model card: the static ones, and the measured mIoU."""
     rows = [
         {"dataset": f"picture book, {kind}", "mIoU": round(results[f"{key}_miou"], 1)}
-        for kind, key in (("base compositions", "base"), ("novel compositions", "novel"), ("surroundings", "stuff"))
+        for kind, key in (("base compositions", "base"), ("novel compositions", "novel"), ("stuff", "stuff"))
     ]
-    save_pretrained(model.half(), processor, folder, facts=load_facts(NAME) | {"results": rows})
+    return load_facts(NAME) | {"results": rows}
+
+
+def save(model: SANForSemanticSegmentation, processor: SANProcessor, results: dict[str, Any], folder: Path) -> None:
+    """Writes the folder: weights in half precision, configuration, processor, card, results and sample image.
+
+    The code is left out, as the checkpoint is part of the package.
+    """
+    save_pretrained(model.half(), processor, folder, facts=card_facts(results), model_id=NAME)
     for code in folder.glob("*.py"):
         code.unlink()
-        code.symlink_to(os.path.relpath(ROOT / "modeling" / code.name, folder.resolve()))
-    # Stored in half precision, loaded in single.
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    for path in folder.glob("*config.json"):
+        content = without_auto_map(json.loads(path.read_text(encoding="utf-8")))
+        if path.name == "config.json":
+            content["dtype"] = "float32"  # stored in half precision, loaded in single
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     draw_scene(SAMPLE_SEED, (512, 384), SAMPLE).image.save(folder / "sample.png")
+
+
+def without_auto_map(content: Any) -> Any:
+    """A configuration without its entries about remote code."""
+    if isinstance(content, dict):
+        return {key: without_auto_map(value) for key, value in content.items() if key != "auto_map"}
+    return content
 
 
 def main() -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForSemanticSegmentation, AutoProcessor
 
 from san_hf.cards import load_facts
 from san_hf.hub import from_pretrained, resolve
-from san_hf.modeling import SANForSemanticSegmentation
+from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.picture_book.measure import TEST_SEED, measure_label_maps
 from san_hf.picture_book.objects import ATTRIBUTES, BASE, CLASS_NAMES, COMPOSITIONS, NOVEL, OBJECTS, STUFF
 from san_hf.picture_book.scenes import draw_photo, draw_scene
@@ -207,6 +208,18 @@ def test_embedded_checkpoint_is_small():
     sizes = {path.name: path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()}
     assert sum(sizes.values()) < 8e6, sizes
     assert max(sizes.values()) < 5e6, sizes
+
+
+def test_embedded_checkpoint_has_no_code():
+    """Catches code beside the weights, a second copy of the package's own, and a loader that looks for it there."""
+    assert not list(CHECKPOINT.glob("*.py"))
+    assert not [path.name for path in CHECKPOINT.glob("*.json") if "auto_map" in path.read_text(encoding="utf-8")]
+    for options in ({}, {"trust_remote_code": True}):
+        model = AutoModelForSemanticSegmentation.from_pretrained(CHECKPOINT, **options)
+        processor = AutoProcessor.from_pretrained(CHECKPOINT, **options)
+        assert type(model) is SANForSemanticSegmentation and type(processor) is SANProcessor
+    card = (CHECKPOINT / "README.md").read_text(encoding="utf-8")
+    assert 'san_hf.from_pretrained("picture-book")' in card and "trust_remote_code" not in card
 
 
 def test_embedded_checkpoint_loads_in_single_precision(embedded):

@@ -1,1 +1,0 @@
-../../../modeling/clip_recognition_san.py

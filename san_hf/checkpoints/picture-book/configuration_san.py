@@ -1,1 +1,0 @@
-../../../modeling/configuration_san.py

@@ -1,1 +1,0 @@
-../../../modeling/image_processing_san.py

@@ -1,1 +1,0 @@
-../../../modeling/processing_san.py

@@ -1,1 +1,0 @@
-../../../modeling/side_adapter_san.py
