@@ -38,3 +38,24 @@ def config():
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts images through the vision tower and prompts through the text tower: {"images": n, "prompts": n}."""
+    from san_hf.modeling import SANForSemanticSegmentation, SANModel
+
+    counts = {"images": 0, "prompts": 0}
+    see, encode = SANModel.forward, SANForSemanticSegmentation.get_class_embeds
+
+    def count_images(self, pixel_values, *args, **kwargs):
+        counts["images"] += len(pixel_values)
+        return see(self, pixel_values, *args, **kwargs)
+
+    def count_prompts(self, input_ids, *args, **kwargs):
+        counts["prompts"] += input_ids.shape[0] * input_ids.shape[1]
+        return encode(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(SANModel, "forward", count_images)
+    monkeypatch.setattr(SANForSemanticSegmentation, "get_class_embeds", count_prompts)
+    return counts

@@ -78,3 +78,19 @@ def randomized(config) -> SANForSemanticSegmentation:
             noise = torch.randn_like(parameter) * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
             parameter.copy_(parameter + noise if "norm" in name or parameter.dim() == 0 else noise)
     return model
+
+
+def segmenting_model() -> SANForSemanticSegmentation:
+    """A model of random weights that gives more than one label to images of noise, the same on every machine."""
+    torch.manual_seed(0)  # class_embedding, which stays as it starts, has one dimension
+    model = SANForSemanticSegmentation(tiny_config(recognition_token="learned", num_queries=20)).eval()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=1.5 * parameter[0].numel() ** -0.5)
+        model.logit_scale.fill_(4.6)
+        # Each query recognises something else. Where masks are nothing but 0 and 1, classes would tie.
+        model.model.mask_decoder.pixel_mlp.layers[-1].weight.mul_(0.03)
+        model.model.recognition_tokens.mul_(80)
+    return model

@@ -19,7 +19,7 @@ from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from san_hf.cli import app
-from san_hf.data import DataError, load_segmentation_dataset
+from san_hf.data import DataError, SegmentationDataset, load_segmentation_dataset
 from san_hf.evaluation.evaluator import EvaluationError, draw_examples, evaluate
 from san_hf.evaluation.metrics import SegmentationMetrics
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
@@ -491,6 +491,42 @@ def test_command_compares_two_models(command, loaded, data, tmp_path):
     assert f"{own:.2f}" in result.output and f"{compared:.2f}" in result.output
     picture = Image.open(tmp_path / "out" / "scenes" / "pictures.png")
     assert picture.width > 6 * COMPARISON_SIZE
+
+
+def test_nothing_is_computed_twice(command, tmp_path, passes, monkeypatch):
+    """
+    Catches images that go through the model again to be drawn, class names that are encoded for that, and examples
+    that are decoded again; with one model and with two.
+    """
+    decoded, decode = [], SegmentationDataset.example
+    monkeypatch.setattr(
+        SegmentationDataset, "example", lambda self, row, index: decoded.append(index) or decode(self, row, index)
+    )
+    prompts = len(CLASS_NAMES) * 14
+    command("-o", tmp_path / "one", "--pictures", 2)
+    # One more example was looked at when the data set was opened, to see whether it has labels.
+    assert passes == {"images": NUM_IMAGES, "prompts": prompts} and len(decoded) == NUM_IMAGES + 1
+    embedded = ROOT / "san_hf" / "checkpoints" / "picture-book"
+    command("-o", tmp_path / "two", "--pictures", 2, "--compare-with", embedded)
+    assert passes == {"images": 3 * NUM_IMAGES, "prompts": 3 * prompts} and len(decoded) == 3 * NUM_IMAGES + 2
+
+
+def test_the_examples_that_are_drawn(loaded, data, tmp_path):
+    """Catches other examples than the worst and the first of the random order, and a resumed run that draws others."""
+    options = {"pictures": 2, "seed": 3, "output": tmp_path, "save_every": 1}
+    whole = evaluate(*loaded, data, **options)
+    order = np.random.default_rng(3).permutation(NUM_IMAGES).tolist()
+    worst = [index for index, _ in whole.worst]
+    assert whole.worst == evaluate(*loaded, data, worst=2).worst
+    assert whole.random == [index for index in order if index not in worst][:2]
+    assert set(whole.examples) == {*worst, *whole.random}
+    again = evaluate(*loaded, data, **options, resume=True)
+    assert (again.worst, again.random) == (whole.worst, whole.random)
+    for index, example in again.examples.items():
+        assert torch.equal(example.prediction, whole.examples[index].prediction)
+        assert example.name == data[index][2]
+    kept = evaluate(*loaded, data, keep=[4])
+    assert set(kept.examples) == {4} and not kept.worst
 
 
 ERRORS = {

@@ -1,0 +1,28 @@
+"""A tiny model of random weights, and images of several sizes."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from san_hf.modeling import SANImageProcessor, SANProcessor
+from tests.tiny import segmenting_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model():
+    return segmenting_model()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    size = {"shortest_edge": 64, "longest_edge": 256}
+    return SANProcessor(SANImageProcessor(size=size), tiny_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Image.Image]:
+    """Five images of three sizes, so that some of them share a shape."""
+    rng = np.random.default_rng(0)
+    sizes = [(90, 64), (64, 80), (90, 64), (120, 64), (64, 80)]
+    noise = [Image.fromarray(rng.integers(0, 256, (8, 12, 3), dtype=np.uint8)) for _ in sizes]
+    return [image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(noise, sizes)]
