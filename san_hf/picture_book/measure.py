@@ -3,6 +3,7 @@
 Base and novel compositions are mixed on the pages, and all class names compete at every pixel.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -53,8 +54,8 @@ def measure_label_maps(
         pages, seed: see [`measure`].
 
     Returns:
-        `base_miou`, `novel_miou` and `stuff_miou`: IoU averaged over the classes of that kind that occur on the pages;
-        and `pixel_accuracy`. All in percent.
+        `base_miou`, `novel_miou` and `stuff_miou`: IoU averaged over the classes of that kind that occur on the pages,
+        nan if none does; and `pixel_accuracy`. All in percent.
     """
     metrics = SegmentationMetrics(len(CLASS_NAMES), _UNLABELLED)
     for page in range(pages):
@@ -64,7 +65,8 @@ def measure_label_maps(
     iou = {row["name"]: row["IoU"] for row in results.per_class}
 
     def mean(names: Sequence[str]) -> float:
-        return float(np.nanmean([iou[name] for name in names]))
+        occurring = [iou[name] for name in names if not math.isnan(iou[name])]
+        return float(np.mean(occurring)) if occurring else math.nan
 
     return {
         "base_miou": mean(BASE),

@@ -1,13 +1,13 @@
-"""What each part of SAN does for open-vocabulary transfer: mIoU on compositions that had masks, and on novel ones.
+"""Ablation of SAN's parts: mIoU on base compositions, which had masks in training, and on novel ones.
 
-Trains SAN on the picture book with one part changed at a time, on the same frozen CLIP, and prints a Markdown table.
+It trains SAN on the picture book with one part changed at a time, on the same frozen CLIP, and prints a Markdown table.
 
     python scripts/benchmarks/open_vocabulary.py --clip outputs/picture-book/clip
     python scripts/benchmarks/open_vocabulary.py --clip ... --variants "full method" --check
 
 The CLIP is the one that make_embedded_checkpoint.py leaves in its --work-dir; without --clip, one is trained first.
-Every finished training is noted in --output at once; the same command goes on after an interruption. `--check` compares
-with the committed figures, and ends with status 1 if novel mIoU has fallen: a change broke something.
+Each result is written to --output as soon as a training ends, so the same command resumes after an interruption.
+`--check` compares with the committed results, and ends with status 1 if novel mIoU has fallen.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from transformers import CLIPTokenizer
 
+from san_hf.files import write_file
 from san_hf.picture_book.clip import train_clip, train_tokenizer
 from san_hf.picture_book.measure import VALIDATION_SEED, measure
 from san_hf.picture_book.san import build_processor, train_san
@@ -43,10 +44,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a bias for each layer": {"num_bias_layers": 5},
 }
 COMMITTED = Path(__file__).with_suffix(".json")
-TOLERANCE = 5.0  # points of novel mIoU, for what chance does
+TOLERANCE = 5.0  # points of novel mIoU that may differ by chance
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip", type=Path, help="folder of the CLIP; default: train one, which takes up to an hour")
     parser.add_argument("--output", type=Path, default=Path("outputs/open-vocabulary.json"), help="file of results")
@@ -57,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--measured-pages", type=int, default=300, help="not those of the test set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, with as many cores each")
     parser.add_argument("--check", action="store_true", help=f"compare with {COMMITTED.name}")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def run(clip_folder: Path, variant: str, seed: int, settings: dict[str, int], threads: int) -> dict[str, Any]:
@@ -73,25 +74,37 @@ def run(clip_folder: Path, variant: str, seed: int, settings: dict[str, int], th
     }
 
 
+def run_all(todo: list[tuple], jobs: int) -> Iterator[dict[str, Any]]:
+    """Results of [`run`] with each of these arguments, as soon as they are there; `jobs` trainings at a time."""
+    if jobs == 1:
+        for arguments in todo:
+            yield run(*arguments)
+        return
+    # Spawned: processes that are forked after torch has started its threads may hang.
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run, *arguments) for arguments in todo]):
+            yield future.result()
+
+
 def mean(results: Iterable[dict[str, Any]], variant: str) -> dict[str, float] | None:
-    """A variant's figures, averaged over seeds."""
+    """A variant's mIoU on base, novel and stuff classes, averaged over seeds; `None` if it has no results."""
     rows = [row for row in results if row["variant"] == variant]
     keys = ("base_miou", "novel_miou", "stuff_miou")
     return {key: float(np.mean([row[key] for row in rows])) for key in keys} if rows else None
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, in the order of VARIANTS."""
-    lines = ["| variant | base | novel | novel / base | surroundings |", "|:--|--:|--:|--:|--:|"]
+    """A Markdown table, in the order of VARIANTS."""
+    lines = ["| variant | base | novel | novel / base | stuff |", "|:--|--:|--:|--:|--:|"]
     for variant in VARIANTS:
-        if figures := mean(results, variant):
-            base, novel, stuff = figures.values()
+        if metrics := mean(results, variant):
+            base, novel, stuff = metrics.values()
             lines.append(f"| {variant} | {base:.1f} | {novel:.1f} | {novel / max(base, 1e-9):.0%} | {stuff:.1f} |")
     return "\n".join(lines)
 
 
-def fallen(results: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
-    """The variants whose novel mIoU is lower than committed, by more than `TOLERANCE` points."""
+def regressions(results: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
+    """A message for each variant whose novel mIoU is lower than committed, by more than `TOLERANCE` points."""
     found = []
     for variant in VARIANTS:
         now, before = mean(results, variant), mean(committed, variant)
@@ -100,12 +113,12 @@ def fallen(results: list[dict[str, Any]], committed: list[dict[str, Any]]) -> li
     return found
 
 
-def main() -> None:
-    options = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
     settings = {"steps": options.steps, "pages": options.pages, "measured_pages": options.measured_pages}
     committed = json.loads(COMMITTED.read_text()) if options.check else []
     if options.check and any(row[key] != value for row in committed for key, value in settings.items()):
-        sys.exit(f"Error: {COMMITTED.name} is of other --steps, --pages or --measured-pages than {settings}.")
+        sys.exit(f"Error: {COMMITTED.name} has results of other --steps, --pages or --measured-pages than {settings}.")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.output.read_text()) if options.output.exists() else []
 
@@ -122,16 +135,14 @@ def main() -> None:
             tokenizer.save_pretrained(clip_folder)
         todo = [(variant, seed) for seed in options.seeds for variant in options.variants if not done(variant, seed)]
         threads = max(1, (os.cpu_count() or 1) // options.jobs)
-        # Spawned: what forks after torch has started its threads may hang.
-        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(run, clip_folder, *job, settings, threads) for job in todo]):
-                results.append(future.result())
-                options.output.write_text(json.dumps(results, indent=1) + "\n")
-                print(json.dumps(results[-1]), file=sys.stderr, flush=True)
+        for row in run_all([(clip_folder, *job, settings, threads) for job in todo], options.jobs):
+            results.append(row)
+            write_file(options.output, json.dumps(results, indent=1) + "\n")
+            print(json.dumps(row), file=sys.stderr, flush=True)
 
     chosen = [row for row in results if settings.items() <= row.items() and row["variant"] in options.variants]
     print(table(chosen))
-    if options.check and (problems := fallen(chosen, committed)):
+    if options.check and (problems := regressions(chosen, committed)):
         sys.exit("Open-vocabulary transfer has become worse:\n" + "\n".join(problems))
 
 
