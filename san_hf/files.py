@@ -98,25 +98,29 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary, descriptor = _create_folder(path)
     try:
         yield temporary
-        # Some libraries make files that only their owner can read, whatever the umask.
-        readable = stat.S_IMODE(temporary.stat().st_mode) & 0o666
+        honour_umask(temporary)
         for file in temporary.rglob("*"):
-            if file.is_file() and not file.is_symlink():
-                file.chmod(stat.S_IMODE(file.stat().st_mode) | readable)
             _sync(file)
         _sync(temporary)
-        replaced = _temporary_name(path, "replaced")
-        if os.path.lexists(path):
-            os.rename(path, replaced)
-        os.rename(temporary, path)
-        _sync(path.parent)
-        _remove(replaced)
+        _replace_folder(temporary, path)
     except BaseException:
         _remove(temporary)
         raise
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def honour_umask(folder: str | os.PathLike) -> None:
+    """
+    Lets those read and write a folder's files who may read and write the folder: some libraries make files that only
+    their owner can read, whatever the umask.
+    """
+    folder = Path(folder)
+    allowed = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(stat.S_IMODE(file.stat().st_mode) | allowed)
 
 
 def remove_folder(path: str | os.PathLike) -> None:
@@ -149,16 +153,13 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
     except OSError:
         return
     for name in names:
-        match = _TEMPORARY_NAME.fullmatch(name)
-        if match is None:
+        match, leftover = _TEMPORARY_NAME.fullmatch(name), folder / name
+        if match is None or not _is_abandoned(leftover):
             continue
-        leftover, target = folder / name, folder / match["target"]
-        if match["kind"] == "replaced":
-            if os.path.lexists(target):
-                _remove(leftover)
-            else:
-                os.rename(leftover, target)
-        elif _is_abandoned(leftover):
+        target = folder / match["target"]
+        if match["kind"] == "replaced" and not os.path.lexists(target):
+            os.rename(leftover, target)
+        else:
             _remove(leftover)
 
 
@@ -197,6 +198,30 @@ def _create_folder(path: Path) -> tuple[Path, int | None]:
         if os.path.lexists(temporary):
             return temporary, descriptor
         os.close(descriptor)
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    """Gives a folder its name. What had it before, if anything, is locked while it is neither here nor there."""
+    if not os.path.lexists(path):
+        os.rename(temporary, path)
+        _sync(path.parent)
+        return
+    replaced = _temporary_name(path, "replaced")
+    descriptor = None if os.name == "nt" or path.is_symlink() else os.open(path, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            _try_lock(descriptor)
+        os.rename(path, replaced)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            os.rename(replaced, path)
+            raise
+        _sync(path.parent)
+        _remove(replaced)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _clear_once(folder: Path) -> None:

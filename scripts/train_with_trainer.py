@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from san_hf.data import DataError, load_segmentation_dataset
-from san_hf.inference.segmenter import load_model
+from san_hf.hub import load_model
 from san_hf.training import SegmentationCollator, TrainingTransform, parameter_groups, polynomial_schedule
 from san_hf.training.hf_trainer import EvaluationExamples, TrainerMetrics, TrainingExamples
 

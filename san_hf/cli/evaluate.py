@@ -12,7 +12,6 @@ from rich.console import Console
 
 from san_hf.cli.console import quiet_libraries, show, table_console
 from san_hf.cli.options import (
-    EMBEDDED_MODEL,
     DeviceOption,
     ExpandOption,
     ModelOption,
@@ -23,6 +22,7 @@ from san_hf.cli.options import (
     value_of,
 )
 from san_hf.data.benchmarks import BENCHMARKS
+from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.messages import join_some
 
 
@@ -346,7 +346,7 @@ def load_models(names: Sequence[str], device: str, dtype: str, accelerator: "Acc
     import torch
 
     from san_hf.devices import pick_device
-    from san_hf.inference.segmenter import load_model
+    from san_hf.hub import load_model
 
     where = accelerator.device if accelerator is not None else pick_device(device)
     models = {}

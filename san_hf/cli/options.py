@@ -9,8 +9,6 @@ import typer
 from san_hf.vocabularies import EXPANSIONS
 
 
-EMBEDDED_MODEL = "picture-book"
-
 Expansion = Enum("Expansion", {name: name for name in EXPANSIONS}, type=str)  # type: ignore[misc]  # dynamic
 
 

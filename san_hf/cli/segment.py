@@ -16,7 +16,6 @@ from rich.text import Text
 
 from san_hf.cli.console import explain, fail, quiet_libraries, show
 from san_hf.cli.options import (
-    EMBEDDED_MODEL,
     DeviceOption,
     ExpandOption,
     ModelOption,
@@ -28,6 +27,7 @@ from san_hf.cli.options import (
     value_of,
 )
 from san_hf.data.class_names import is_class_list, read_class_names
+from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.inference.writers import FORMATS, output_files
 from san_hf.messages import join_some, printable
 from san_hf.progress import progress_bar

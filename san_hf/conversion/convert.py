@@ -2,11 +2,6 @@
 
 import json
 import logging
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from san_hf.cards import load_facts, render_card
+from san_hf.files import new_file, new_folder
+from san_hf.loading import ModelError, load_complete
 from san_hf.messages import join_some
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 
@@ -64,7 +61,8 @@ def convert_checkpoint(
             missing or left over, wrong shapes. The message names them.
     """
     source, output = Path(source), Path(output).resolve()
-    with new_folder(output, overwrite, keep=source) as folder:
+    check_output(output, overwrite, source)
+    with new_folder(output) as folder:
         original = read_original(source)
         recognized = None
         if config is None:
@@ -132,7 +130,13 @@ def export_checkpoint(
     if output.is_dir() or (output.exists() and not overwrite):
         raise FileExistsError(f"'{output}' exists already. Choose another name, or allow overwriting a file.")
     if not isinstance(model, SANForSemanticSegmentation):
-        model = _load_complete(model)
+        folder = model
+        try:
+            model = load_complete(folder)
+        except ModelError as error:
+            raise ConversionError(str(error)) from error
+        except Exception as error:  # safetensors, torch and transformers each have errors of their own
+            raise ConversionError(f"'{folder}' can't be loaded as a SAN: {error}") from error
     if model.class_embeds is not None:
         logger.warning(
             "The original's layout has no place for the %d class names the model carries: they are left out.",
@@ -148,25 +152,9 @@ def export_checkpoint(
         for key, tensor in original.items()
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_name(output)
-    try:
-        torch.save({"model": original}, partial)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(output) as file:
+        torch.save({"model": original}, file)
     return output
-
-
-def _load_complete(folder: str | Path) -> SANForSemanticSegmentation:
-    """The model of a folder, which must hold all of it: Transformers would draw what is missing at random."""
-    try:
-        model, info = SANForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # safetensors, torch and transformers each have errors of their own
-        raise ConversionError(f"'{folder}' can't be loaded as a SAN: {error}") from error
-    if info["missing_keys"]:
-        missing = join_some(sorted(info["missing_keys"]))
-        raise ConversionError(f"'{folder}' doesn't hold a complete SAN: its weights lack {missing}.")
-    return model
 
 
 def convert_state_dict(
@@ -303,32 +291,23 @@ def build_processor(config: SANConfig) -> SANProcessor:
     )
 
 
-@contextmanager
-def new_folder(output: Path, overwrite: bool, keep: Path) -> Iterator[Path]:
-    """A folder to write to that becomes `output` when the block ends well, and vanishes otherwise.
+def check_output(output: Path, overwrite: bool, source: Path) -> None:
+    """
+    Before anything is computed: nothing is lost by writing.
 
     Args:
-        output: absolute path.
-        overwrite: whether `output` may be a model folder already.
-        keep: a file that must not be lost by that.
+        output: the folder to write, absolute.
+        overwrite: whether it may be a model folder already.
+        source: a file that must not be lost by that.
+
+    Raises:
+        FileExistsError: something is there that is not to be replaced.
     """
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        if not overwrite:
-            raise FileExistsError(f"'{output}' exists already. Choose another folder, or allow overwriting.")
-        if not (output / "config.json").is_file():
-            raise FileExistsError(f"'{output}' isn't a model folder (no config.json): it is not overwritten.")
-        if keep.resolve().is_relative_to(output):
-            raise FileExistsError(f"'{output}' holds '{keep}' itself: it is not overwritten. Choose another folder.")
-    partial = _partial_name(output)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _partial_name(output: Path) -> Path:
-    return output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.partial")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"'{output}' exists already. Choose another folder, or allow overwriting.")
+    if not (output / "config.json").is_file():
+        raise FileExistsError(f"'{output}' isn't a model folder (no config.json): it is not overwritten.")
+    if source.resolve().is_relative_to(output):
+        raise FileExistsError(f"'{output}' holds '{source}' itself: it is not overwritten. Choose another folder.")

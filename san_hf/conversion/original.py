@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from san_hf.messages import join_some
+from san_hf.messages import join_some, one_line
 
 
 class ConversionError(ValueError):
@@ -42,11 +42,11 @@ def read_original(path: str | Path) -> dict[str, torch.Tensor]:
                 break
     if not isinstance(content, Mapping) or not content:
         raise ConversionError(f"'{path}' holds {_describe(content)}: expected a state dict of the original SAN.")
-    strangers = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
-    if strangers:
+    not_tensors = [key for key, value in content.items() if not isinstance(value, torch.Tensor)]
+    if not_tensors:
         raise ConversionError(
-            f"'{path}' is no state dict of the original SAN: {join_some(strangers)} "
-            f"{'is' if len(strangers) == 1 else 'are'} not tensors."
+            f"'{path}' is no state dict of the original SAN: {join_some(not_tensors)} "
+            f"{'is' if len(not_tensors) == 1 else 'are'} not tensors."
         )
     return dict(content)
 
@@ -65,10 +65,9 @@ def _load(path: Path):
                 f"'{path}' is refused: beside tensors it holds Python objects ({code[1]}), which could run code when "
                 "loaded. Where you trust it, load it yourself and save its tensors alone: torch.save(state_dict, ...)."
             ) from error
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConversionError(
             f"'{path}' can't be read as a checkpoint: it is truncated, damaged, or something else altogether "
-            f"({detail}). Compare its size and checksum with its publisher's, and download it again."
+            f"({one_line(error)}). Compare its size and checksum with its publisher's, and download it again."
         ) from error
 
 

@@ -3,13 +3,17 @@
 import os
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import torch
 from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download
 
 from san_hf.conversion import HUB_REPO, RELEASES, Release, convert_checkpoint
-from san_hf.messages import join_some
-from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANProcessor
+from san_hf.hub.names import EMBEDDED_MODEL
+from san_hf.loading import ModelError, load_complete
+from san_hf.messages import one_line
+from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.version import __version__
 
 
@@ -69,26 +73,42 @@ def from_pretrained(
 
     Raises:
         OSError: there is no such model, or it can't be reached.
-        ValueError: it is another kind of model, or its weights are incomplete.
+        ModelError: it is another kind of model, or its weights are incomplete.
     """
-    where = {"cache_dir": cache_dir, "revision": revision, "token": token, "local_files_only": local_files_only}
-    location = resolve(name_or_path, **where)
-    model_type = SANConfig.get_config_dict(location, **where)[0].get("model_type")
-    if model_type != SANConfig.model_type:
-        raise ValueError(
-            f"'{location}' is no SAN: expected a config.json of model_type {SANConfig.model_type!r}, got "
-            f"{model_type!r}."
+    hub_options = {
+        "cache_dir": cache_dir,
+        "revision": revision,
+        "token": token,
+        "local_files_only": local_files_only,
+    }
+    location = resolve(name_or_path, **hub_options)
+    model = load_complete(location, hub_options=hub_options, **kwargs)
+    return model, SANProcessor.from_pretrained(location, **hub_options)
+
+
+def load_model(
+    name_or_path: str | os.PathLike, dtype: torch.dtype, **kwargs: Any
+) -> tuple[SANForSemanticSegmentation, SANProcessor]:
+    """
+    [`from_pretrained`], which also takes the **kwargs, with one kind of error whatever the reason.
+
+    Raises:
+        ModelError: there is no such model, or it isn't a complete SAN.
+    """
+    name = os.fspath(name_or_path)
+    if os.path.isfile(name):
+        raise ModelError(
+            f"The model '{name}' is a file, expected a folder. A checkpoint of the original SAN becomes one by "
+            f"`san-hf convert {name} FOLDER`."
         )
-    model, info = SANForSemanticSegmentation.from_pretrained(
-        location, output_loading_info=True, ignore_mismatched_sizes=True, **where, **kwargs
-    )
-    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if wrong:
-        raise ValueError(
-            f"The weights of '{location}' lack these, or have them in another shape: {join_some(wrong)}. Get the "
-            "folder again, or load it with SANForSemanticSegmentation.from_pretrained to train what is missing."
-        )
-    return model, SANProcessor.from_pretrained(location, **where)
+    try:
+        return from_pretrained(name, dtype=dtype, **kwargs)
+    # Broken files make torch, safetensors and tokenizers fail in ways of their own.
+    except Exception as error:
+        names = (EMBEDDED_MODEL, *RELEASES)
+        looked_for = f"There is no folder here of that name, and it is none of {', '.join(names)}. On the Hub: "
+        prefix = "" if os.path.isdir(name) or name in names else looked_for
+        raise ModelError(f"The model '{name}' can't be loaded. {prefix}{str(error).strip()}") from error
 
 
 def _converted(release: Release, cache_dir, revision, token, local_files_only) -> Path:
@@ -105,7 +125,7 @@ def _converted(release: Release, cache_dir, revision, token, local_files_only) -
             )
         )
     except Exception as error:  # networks fail in many ways, and not all of their errors are OSErrors
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = f"{one_line(error)}."
         raise OSError(
             f"'{release.name}' stands for {release.filename} of {constants.ENDPOINT}/{HUB_REPO}"
             + (f" at revision {revision!r}" if revision else "")

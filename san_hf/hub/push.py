@@ -1,6 +1,7 @@
 """Model, processor and card together, in a folder or on the Hub."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, HfApi
 
 from san_hf.cards import render_card
+from san_hf.files import honour_umask, new_folder
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 
 
@@ -19,20 +21,27 @@ def save_pretrained(
     facts: dict[str, Any] | None = None,
     model_id: str | None = None,
 ) -> None:
-    """Writes what belongs together: weights, configuration, code, processor, tokenizer and card.
+    """
+    Writes what belongs together: weights, configuration, code, processor, tokenizer and card.
 
     `model.save_pretrained` alone writes neither processor nor card.
 
     Args:
         model, processor: what to save.
-        folder: where; files of the same names are replaced.
+        folder: a new one appears when it is complete; in one that exists, files of the same names are replaced.
         facts: see [`san_hf.cards.render_card`]; without them, the card claims nothing about training and results.
         model_id: the name the card's example loads; the folder's own by default.
+
+    Raises:
+        OSError: the folder can't be written.
     """
-    model_id = model_id or Path(folder).resolve().name
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    render_card({"title": model_id.split("/")[-1]} | (facts or {}), model_id).save(Path(folder) / "README.md")
+    folder = Path(folder)
+    model_id = model_id or folder.resolve().name
+    with nullcontext(folder) if folder.exists() else new_folder(folder) as target:
+        model.save_pretrained(target)
+        processor.save_pretrained(target)
+        render_card({"title": model_id.split("/")[-1]} | (facts or {}), model_id).save(target / "README.md")
+        honour_umask(target)
 
 
 def push_to_hub(

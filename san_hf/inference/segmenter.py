@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from san_hf.conversion import RELEASES
-from san_hf.hub import from_pretrained
+from san_hf.hub.load import load_model
+from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.images import load_image
 from san_hf.inference.predictor import Predictor
 from san_hf.inference.segmentation import Segmentation
@@ -18,12 +18,7 @@ from san_hf.inference.vocabulary import Vocabulary
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 
 
-EMBEDDED_MODEL = "picture-book"
 AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
-
-
-class ModelError(ValueError):
-    """A model that can't be loaded; the message says why, and what to do."""
 
 
 class Segmenter:
@@ -139,28 +134,3 @@ class Segmenter:
             Segmentation(image, label_map.cpu().numpy().astype(dtype), self.class_names, self.vocabulary.has_other)
             for image, label_map in zip(images, label_maps)
         ]
-
-
-def load_model(
-    name_or_path: str | os.PathLike, dtype: torch.dtype, **kwargs: Any
-) -> tuple[SANForSemanticSegmentation, SANProcessor]:
-    """
-    [`san_hf.hub.from_pretrained`], which also takes the **kwargs, with one kind of error whatever the reason.
-
-    Raises:
-        ModelError: there is no such model, or it isn't a complete SAN.
-    """
-    name = os.fspath(name_or_path)
-    if os.path.isfile(name):
-        raise ModelError(
-            f"The model '{name}' is a file, expected a folder. A checkpoint of the original SAN becomes one by "
-            f"`san-hf convert {name} FOLDER`."
-        )
-    try:
-        return from_pretrained(name, dtype=dtype, **kwargs)
-    # Broken files make torch, safetensors and tokenizers fail in ways of their own.
-    except Exception as error:
-        names = (EMBEDDED_MODEL, *RELEASES)
-        looked_for = f"There is no folder here of that name, and it is none of {', '.join(names)}. On the Hub: "
-        prefix = "" if os.path.isdir(name) or name in names else looked_for
-        raise ModelError(f"The model '{name}' can't be loaded. {prefix}{str(error).strip()}") from error

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoTokenizer
 
 from san_hf.data import SegmentationDataset
-from san_hf.inference.segmenter import load_model
+from san_hf.hub import load_model
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 
 from .config import ConfigError, ModelSection

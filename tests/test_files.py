@@ -1,0 +1,230 @@
+"""Files and folders that appear whole or not at all, whatever happens while they are written."""
+
+import errno
+import os
+import signal
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from san_hf import files
+from san_hf.files import new_file, new_folder, remove_folder, remove_leftovers, write_file
+
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="modes, links, locks and SIGKILL are POSIX's")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def in_a_process(function) -> int:
+    """Runs a function in a forked process; its exit status, negative for a signal."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_file_is_there_when_it_is_complete(tmp_path):
+    """Catches a target that is opened before its content is there, text with other line ends, and what is left."""
+    file = tmp_path / "a.txt"
+    with new_file(file) as opened:
+        opened.write(b"one\r\n")
+        assert not file.exists()
+    assert file.read_bytes() == b"one\r\n"
+    write_file(str(file), "zwei\nü\r\n")
+    assert file.read_bytes() == "zwei\nü\r\n".encode()
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_an_error_changes_nothing(tmp_path):
+    """Catches half a file or folder, and an old one that is lost."""
+    write_file(tmp_path / "file", "old")
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "old").touch()
+    with pytest.raises(ZeroDivisionError), new_file(tmp_path / "file") as opened:
+        opened.write(b"new")
+        raise ZeroDivisionError
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "folder") as folder:
+        (folder / "new").touch()
+        raise KeyboardInterrupt
+    assert (tmp_path / "file").read_text() == "old"
+    assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == ["old"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "rename"])
+def test_a_full_disk(tmp_path, monkeypatch, step):
+    """Catches errors of the disk at the last moment that leave something behind, or are swallowed."""
+    write_file(tmp_path / "file", "old")
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "old").touch()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, step, fail)
+    if step != "rename":
+        with pytest.raises(OSError, match="No space left"):
+            write_file(tmp_path / "file", "new")
+    if step != "replace":
+        with pytest.raises(OSError, match="No space left"), new_folder(tmp_path / "folder") as folder:
+            (folder / "new").touch()
+    monkeypatch.undo()
+    assert (tmp_path / "file").read_text() == "old"
+    assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == ["old"]
+
+
+def test_a_folder_replaces_another_as_a_whole(tmp_path):
+    """Catches files of the old folder that stay, and folders above that aren't made."""
+    target = tmp_path / "a" / "b"
+    for name in ("one", "two"):
+        with new_folder(target) as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / name).write_text(name)
+    assert names(target) == ["sub"] and names(target / "sub") == ["two"]
+    assert names(tmp_path / "a") == ["b"]
+
+
+def test_names_are_unpredictable_and_short_enough(tmp_path):
+    """Catches temporary names that can be guessed, and names that the file system has no room for."""
+    seen = set()
+    for _ in range(5):
+        with new_file(tmp_path / ("x" * 250)):
+            seen.update(names(tmp_path))
+    assert len(seen) == 5 + 1 and max(len(name) for name in seen) <= 255
+
+
+@posix_only
+def test_planted_links_are_not_followed(tmp_path, monkeypatch):
+    """Catches writing through a link: at the target, or at a temporary name that somebody has guessed."""
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "link").symlink_to("precious")
+    write_file(tmp_path / "link", "new")
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (tmp_path / "link").is_symlink() and (tmp_path / "link").read_text() == "new"
+    monkeypatch.setattr(files.secrets, "token_hex", lambda _: "0123456789abcdef")
+    (tmp_path / ".guessed.0123456789abcdef.partial").symlink_to("precious")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "guessed", "new")
+    with pytest.raises(FileExistsError), new_folder(tmp_path / "guessed"):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@posix_only
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_the_umask_is_honoured(tmp_path, umask):
+    """Catches files that others can't read, or can although they must not; also those that a library made private."""
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "file", "x")
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "sub").mkdir()
+            for private in (folder / "weights", folder / "sub" / "more"):
+                private.touch(mode=0o600)
+    finally:
+        os.umask(before)
+
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    assert mode(tmp_path / "file") == 0o666 & ~umask
+    assert mode(tmp_path / "folder") == 0o777 & ~umask
+    assert mode(tmp_path / "folder" / "weights") == mode(tmp_path / "folder" / "sub" / "more") == 0o666 & ~umask
+
+
+@posix_only
+def test_a_killed_process_leaves_the_old_and_the_next_one_tidies_up(tmp_path):
+    """Catches half a file under its name after SIGKILL, and leftovers that pile up."""
+    write_file(tmp_path / "file", "old")
+
+    def write_half():
+        with new_file(tmp_path / "file") as opened:
+            opened.write(b"half")
+            opened.flush()
+            kill_self()
+
+    def make_half():
+        with new_folder(tmp_path / "folder") as folder:
+            (folder / "half").touch()
+            kill_self()
+
+    assert in_a_process(write_half) == in_a_process(make_half) == -signal.SIGKILL
+    assert (tmp_path / "file").read_text() == "old" and not (tmp_path / "folder").exists()
+    (leftover,) = set(names(tmp_path)) - {"file"}  # the second one has removed what the first one left
+    assert leftover.startswith(".folder.")
+    assert in_a_process(lambda: (write_file(tmp_path / "other", "x"), os._exit(0))) == 0
+    assert names(tmp_path) == ["file", "other"]
+
+
+@posix_only
+def test_what_another_process_is_writing_stays(tmp_path):
+    """Catches a file of a living process that is taken for a leftover."""
+    with new_file(tmp_path / "file") as opened, new_folder(tmp_path / "folder") as folder:
+        opened.write(b"x")
+        assert in_a_process(lambda: (remove_leftovers(tmp_path), os._exit(0))) == 0
+        (folder / "inside").touch()
+    assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == ["inside"]
+
+
+@posix_only
+def test_killed_between_two_renames(tmp_path):
+    """Catches an old folder that is lost when the process dies just while it is replaced."""
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "old").touch()
+    rename = os.rename
+
+    def replace_and_die():
+        calls = []
+
+        def second_dies(*arguments):
+            calls.append(arguments)
+            if len(calls) == 2:
+                kill_self()
+            rename(*arguments)
+
+        os.rename = second_dies
+        with new_folder(tmp_path / "folder"):
+            pass
+
+    assert in_a_process(replace_and_die) == -signal.SIGKILL
+    assert not (tmp_path / "folder").exists()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["old"]
+
+
+def test_removing_a_folder(tmp_path, monkeypatch):
+    """Catches half of a removed folder that still has its name."""
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "a").touch()
+
+    def interrupt(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.shutil, "rmtree", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        remove_folder(tmp_path / "folder")
+    monkeypatch.undo()
+    assert not (tmp_path / "folder").exists()
+    remove_folder(tmp_path / "folder")  # nothing to do
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []
+
+
+def test_other_hidden_files_are_nobodys_leftovers(tmp_path):
+    """Catches files of the user's that only look like ours."""
+    for name in (".a.partial", ".a.0123.partial", "a.0123456789abcdef.partial", ".git"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert len(names(tmp_path)) == 4
+    remove_leftovers(tmp_path / "nowhere")

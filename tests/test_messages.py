@@ -1,0 +1,38 @@
+"""Errors in one line, long lists cut short, and names that a terminal can show."""
+
+import pytest
+
+from san_hf.messages import join_some, one_line, printable
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("It is broken."), "It is broken"),
+        (RuntimeError("first line\nsecond line"), "first line"),
+        (RuntimeError("\n\n  indented\n"), "indented"),
+        (OSError(28, "No space left on device", "a.txt"), "No space left on device"),
+        (ValueError(), "ValueError"),
+        (ValueError(" \n "), "ValueError"),
+        (OSError(), "OSError"),
+        (KeyError("x"), "'x'"),
+        (ConnectionError(None), "None"),
+        (ValueError("..."), "ValueError"),
+    ],
+)
+def test_one_line(error, expected):
+    """Catches messages over several lines, and errors without a message, for which there is no first line."""
+    assert one_line(error) == expected
+
+
+def test_join_some():
+    """Catches lists that fill the screen, and a wrong number of those that are left out."""
+    assert join_some([1, 2, 3]) == "1, 2, 3"
+    assert join_some(range(10), 3) == "0, 1, 2 and 7 more"
+    assert join_some((name for name in "ab"), 2) == "a, b" and join_some([]) == ""
+
+
+def test_printable():
+    """Catches names that move the cursor, break the line, or can't be encoded."""
+    assert printable("a\nb\x1b[0m\udcff.png") == "a\ufffdb\ufffd[0m\ufffd.png"
+    assert printable("straße 猫.png") == "straße 猫.png"
