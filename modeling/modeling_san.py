@@ -1,7 +1,8 @@
 """SAN, the Side Adapter Network for open-vocabulary semantic segmentation (Xu et al., CVPR 2023, arXiv 2302.12242).
 
 A frozen CLIP recognises; a light side network proposes masks and predicts attention biases that steer CLIP's own deep
-layers to look at each mask. `forward` of the two models below is the paper's figure 2, from left to right.
+layers to look at each mask. `forward` of the two models below is the paper's figure 2, from left to right; its stages
+are those of the paper's section 3.
 Shapes: B images, Q queries, C classes, D CLIP's joint embedding width, W its vision width, Hc x Wc its grid, h its
 vision heads; Ca the side adapter's width, Hs x Ws its grid; n bias layers.
 """
@@ -312,15 +313,16 @@ class SANModel(SANPreTrainedModel):
         clip_feature_maps, clip_tokens = encode_shallow(
             self.vision_model, self.resize_for_clip(pixel_values), config.recognition_layer
         )
-        # Side adapter, CLIP's maps fused in: tokens (B, Q + Hs * Ws, Ca) after each of its blocks.
+        # Feature fusion on visual tokens: the side adapter's tokens (B, Q + Hs * Ws, Ca) after each of its blocks.
         hidden_states, grid, attentions = self.side_adapter(pixel_values, clip_feature_maps, output_attentions)
 
-        # Mask proposals (B, Q, Hs, Ws) and attention biases (B, n, h, Q, Hs, Ws) of each supervised layer.
+        # Mask prediction: proposals (B, Q, Hs, Ws) and attention biases (B, n, h, Q, Hs, Ws) of each supervised layer.
         supervised = config.deep_supervision_layers if output_auxiliary_logits else config.deep_supervision_layers[-1:]
         decoded = [self.mask_decoder(hidden_states[layer], grid) for layer in supervised]
         masks_queries_logits, attention_biases = zip(*decoded)
 
-        # Deep CLIP: recognition tokens, steered by the biases; one pass for all supervised layers.
+        # Mask recognition in deep CLIP: recognition tokens (the paper's [SLS]) steered by the biases; one pass for all
+        # supervised layers.
         clip_grid = tuple(clip_feature_maps[0].shape[-2:])
         pooled = [pool_attention_bias(bias, clip_grid, config.bias_pooling) for bias in attention_biases]
         recognition_tokens = self.start_recognition_tokens(clip_tokens[:, :1])
