@@ -17,6 +17,7 @@ from typing import Any
 from transformers import CLIPModel, CLIPTokenizer
 
 from san_hf.cards import load_facts
+from san_hf.files import write_file
 from san_hf.hub import save_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.picture_book.clip import CLIP_PHASES, CLIPPhase, train_clip, train_tokenizer, zero_shot_accuracy
@@ -69,8 +70,8 @@ def save(model: SANForSemanticSegmentation, processor: SANProcessor, results: di
         content = without_auto_map(json.loads(path.read_text(encoding="utf-8")))
         if path.name == "config.json":
             content["dtype"] = "float32"  # stored in half precision, loaded in single
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / "results.json", json.dumps(results, indent=2) + "\n")
     draw_scene(SAMPLE_SEED, (512, 384), SAMPLE).image.save(folder / "sample.png")
 
 

@@ -1,8 +1,8 @@
-"""Times SAN at full size with random weights: text, image and post-processing apart, and peak memory.
+"""Time of SAN at full size, with random weights: text encoding, forward pass, post-processing; and peak memory.
 
     python scripts/benchmarks/inference.py --release san-vit-b-16 --device cuda --dtype bfloat16
 
-Weights don't change the time, so none are needed. One JSON line is printed for each run.
+The time does not depend on the weights, so no checkpoint is needed. Each run prints one line of JSON.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import resource
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main():
+def main() -> None:
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
@@ -43,7 +44,7 @@ def main():
     model.set_attn_implementation(arguments.attn_implementation)
     processor = SANProcessor(image_processor=SANImageProcessor(), tokenizer=clip_tokenizer())
 
-    def median_ms(function) -> float:
+    def median_ms(function: Callable[[], object]) -> float:
         times = []
         for i in range(arguments.warmup + arguments.repeats):
             synchronize(device)
@@ -84,7 +85,7 @@ def name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def synchronize(device: torch.device):
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
