@@ -1,7 +1,9 @@
 """Configuration of SAN, the Side Adapter Network (Xu et al., CVPR 2023, arXiv 2302.12242)."""
 
+from typing import cast
+
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 
 RECOGNITION_TOKENS = ("class", "learned", "class+learned")
@@ -162,11 +164,32 @@ class SANConfig(PreTrainedConfig):
     @property
     def num_deep_layers(self) -> int:
         """Number of CLIP's vision layers that the recognition tokens run through."""
-        return self.clip_config.vision_config.num_hidden_layers - self.recognition_layer
+        return self.clip_vision_config.num_hidden_layers - self.recognition_layer
+
+    # `clip_config` and its parts may come as dictionaries, and never are any once a configuration is built.
+    @property
+    def clip_vision_config(self) -> CLIPVisionConfig:
+        """Configuration of CLIP's vision tower."""
+        return cast(CLIPVisionConfig, cast(CLIPConfig, self.clip_config).vision_config)
+
+    @property
+    def clip_text_config(self) -> CLIPTextConfig:
+        """Configuration of CLIP's text tower."""
+        return cast(CLIPTextConfig, cast(CLIPConfig, self.clip_config).text_config)
+
+    @property
+    def clip_logit_scale(self) -> float:
+        """Logarithm of CLIP's temperature to start from."""
+        return float(cast(float, cast(CLIPConfig, self.clip_config).logit_scale_init_value))
+
+    @property
+    def clip_embed_dim(self) -> int:
+        """Width of CLIP's joint embedding space."""
+        return cast(int, cast(CLIPConfig, self.clip_config).projection_dim)
 
     def validate_architecture(self):
         """Called by `@strict`: refuses values that contradict each other."""
-        vision = self.clip_config.vision_config
+        vision = self.clip_vision_config
         problems = []
         if self.hidden_size % self.num_attention_heads:
             problems.append(

@@ -30,8 +30,10 @@ def load_image(source: "str | os.PathLike | Image.Image | np.ndarray | torch.Ten
     Raises:
         ImageError: it can't be read.
     """
-    is_file = isinstance(source, str | os.PathLike) and not str(source).startswith(("http://", "https://"))
-    if is_file and not os.path.isfile(source):
+    file = None
+    if isinstance(source, str | os.PathLike) and not str(source).startswith(("http://", "https://")):
+        file = source
+    if file is not None and not os.path.isfile(file):
         raise ImageError("there is no such file")
     try:
         with warnings.catch_warnings():
@@ -44,7 +46,7 @@ def load_image(source: "str | os.PathLike | Image.Image | np.ndarray | torch.Ten
             "memory: scale it down first"
         ) from error
     except UnidentifiedImageError as error:
-        empty = is_file and not os.path.getsize(source)
+        empty = file is not None and not os.path.getsize(file)
         reason = "the file is empty" if empty else "not an image, or of a format Pillow can't read"
         raise ImageError(reason) from error
     # A broken file makes Pillow's readers fail in many ways: OSError, SyntaxError, struct.error, IndexError, ...

@@ -1,6 +1,6 @@
 """Label maps as pictures: colours, class maps, overlays with names and a legend, and comparisons."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -296,15 +296,16 @@ def _shares(label_map: np.ndarray, class_names: Sequence[str], colors: np.ndarra
     return [(colors[label], f"{_short(class_names[label])} {counts[label] / label_map.size:.1%}") for label in present]
 
 
-def _with_legend(picture: Image.Image, entries: Sequence[tuple[Sequence[int], str]], font_size: int) -> Image.Image:
+def _with_legend(picture: Image.Image, entries: Sequence[tuple[Iterable[int], str]], font_size: int) -> Image.Image:
     """The picture with a strip below: the (colour, text) of each entry."""
     line, gap = font_size * 3 // 2, font_size * 2 // 3
     widths = [line + _font(text, font_size).getlength(text) + gap for _, text in entries]
     canvas_width = max(picture.width, 320, round(max(widths)) + gap)
-    positions, x, y = [], gap, gap
+    positions: list[tuple[float, int]] = []
+    x, y = float(gap), gap
     for width in widths:
         if x > gap and x + width > canvas_width:
-            x, y = gap, y + line
+            x, y = float(gap), y + line
         positions.append((x, y))
         x += width
     canvas = Image.new("RGB", (canvas_width, picture.height + y + line + gap), (255, 255, 255))
@@ -335,7 +336,7 @@ def _short(name: str) -> str:
 
 
 @cache
-def _load_font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont:
+def _load_font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     if not ascii_only:
         # Pillow's own font has no others.
         for file in ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf", "arial.ttf"):
@@ -346,5 +347,5 @@ def _load_font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return _load_font(size, ascii_only=text.replace("…", "").isascii())

@@ -4,6 +4,7 @@ Neither this nor the commands' files import torch, Transformers or `datasets`: w
 runs, so that help comes at once.
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ from san_hf.cli.train import train
 from san_hf.version import __version__
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "segment": segment,
     "convert": convert,
     "prepare": prepare,

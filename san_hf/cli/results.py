@@ -123,8 +123,8 @@ def _print_csv(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
 
 
 def _print_json(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
-    dropped = set() if per_class else {"per_class"}
-    entries = [entry | {"report": entry["report"].model_dump(exclude=dropped)} for entry in entries]
+    dropped: set[str] = set() if per_class else {"per_class"}
+    entries = [{**entry, "report": entry["report"].model_dump(exclude=dropped)} for entry in entries]
     typer.echo(json.dumps(entries, indent=2, ensure_ascii=False))
 
 

@@ -142,10 +142,11 @@ def export_checkpoint(
             "The original's layout has no place for the %d class names the model carries: they are left out.",
             model.config.vocabulary_size,
         )
-    original = export_state_dict(model.state_dict(), model.config)
+    config: SANConfig = model.config  # type: ignore[assignment]  # Transformers declares its own class
+    original = export_state_dict(model.state_dict(), config)
     original[EMPTY_WEIGHT] = torch.ones(num_classes + 1)
     original[EMPTY_WEIGHT][-1] = model.config.no_object_weight
-    context = model.config.clip_config.text_config.max_position_embeddings
+    context = model.config.clip_text_config.max_position_embeddings
     original[ATTENTION_MASK] = torch.full((context, context), float("-inf")).triu(1)
     original = {
         key: tensor.to("cpu", torch.float32 if key == LOGIT_SCALE else dtype or model.dtype)
@@ -167,7 +168,8 @@ def convert_state_dict(
     """
     with torch.device("meta"):
         expected = SANForSemanticSegmentation(config).state_dict()
-    converted, missing, misshapen = {}, [], []
+    converted: dict[str, torch.Tensor] = {}
+    missing, misshapen = [], []
     for entry in layout(config):
         tensor = original.pop(entry.original, None)
         if tensor is None:
@@ -207,11 +209,10 @@ def export_state_dict(state_dict: dict[str, torch.Tensor], config: SANConfig) ->
     state_dict.pop("class_embeds", None)
     original, missing = {}, []
     for entry in layout(config):
-        tensors = [state_dict.pop(name, None) for name in entry.ours]
-        if any(tensor is None for tensor in tensors):
-            missing += [name for name, tensor in zip(entry.ours, tensors) if tensor is None]
-            continue
-        original[entry.original] = entry.to_original([tensor.detach() for tensor in tensors]).contiguous()
+        tensors = {name: state_dict.pop(name) for name in entry.ours if name in state_dict}
+        missing += [name for name in entry.ours if name not in tensors]
+        if len(tensors) == len(entry.ours):
+            original[entry.original] = entry.to_original([t.detach() for t in tensors.values()]).contiguous()
     if missing or state_dict:
         raise ConversionError(
             "These are not the parameters of a SAN as it was built: "
@@ -276,7 +277,7 @@ def build_processor(config: SANConfig) -> SANProcessor:
     Raises:
         ConversionError: the text tower has another vocabulary than CLIP's.
     """
-    text_config = config.clip_config.text_config
+    text_config = config.clip_text_config
     if text_config.vocab_size != CLIP_VOCABULARY_SIZE:
         raise ConversionError(
             f"The configuration's text tower has {text_config.vocab_size} tokens, CLIP's tokenizer has "

@@ -121,7 +121,7 @@ def _clip_vision(config: SANConfig) -> Iterator[Entry]:
     yield Entry(f"{original}.positional_embedding", (f"{ours}.embeddings.position_embedding.weight",))
     yield Entry(f"{original}.conv1.weight", (f"{ours}.embeddings.patch_embedding.weight",))
     yield from _pair(f"{original}.ln_pre", f"{ours}.pre_layrnorm")
-    for index in range(config.clip_config.vision_config.num_hidden_layers):
+    for index in range(config.clip_vision_config.num_hidden_layers):
         # The original cuts the tower in two and counts the deep layers from 0 again.
         deep = index - config.recognition_layer
         block = f"{original}.resblocks.{index}" if deep < 0 else f"clip_rec_head.resblocks.{deep}"
@@ -136,7 +136,7 @@ def _clip_text(config: SANConfig) -> Iterator[Entry]:
     original, ours = "ov_classifier", "text_model"
     yield Entry(f"{original}.token_embedding.weight", (f"{ours}.embeddings.token_embedding.weight",))
     yield Entry(f"{original}.positional_embedding", (f"{ours}.embeddings.position_embedding.weight",))
-    for index in range(config.clip_config.text_config.num_hidden_layers):
+    for index in range(config.clip_text_config.num_hidden_layers):
         yield from _clip_layer(f"{original}.transformer.resblocks.{index}", f"{ours}.encoder.layers.{index}")
     yield from _pair(f"{original}.ln_final", f"{ours}.final_layer_norm")
     yield Entry(f"{original}.text_projection", ("text_projection.weight",), "transpose")

@@ -31,4 +31,4 @@ def clip_tokenizer(max_length: int = 77) -> CLIPTokenizer:
     symbols = sorted(ByteLevel.alphabet())
     tokens = [*symbols, *(symbol + END_OF_WORD for symbol in symbols), *map("".join, merges), *SPECIAL_TOKENS]
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_length)  # type: ignore[arg-type]  # pairs

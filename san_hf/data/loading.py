@@ -101,7 +101,7 @@ def load_segmentation_dataset(
             f"one of {', '.join(VOCABULARIES)}"
             + (f"; or put a {CLASS_FILES[0]} there." if os.path.isdir(source) else ".")
         )
-    names = read_class_names(listed if class_names is None else class_names)
+    names = read_class_names(class_names if class_names is not None else listed or "")
     if ignore_index is None:
         ignore_index = 255 if len(names) <= 255 else 65535
     if 0 <= ignore_index < len(names):
@@ -138,7 +138,7 @@ def _read_metadata(source: str, revision: str | None) -> dict[str, Any] | None:
         raise DataError(f"'{source}' is a file, expected a folder or the name of a repository on the Hub.")
     else:
         try:
-            file = hf_hub_download(source, METADATA_FILE, repo_type="dataset", revision=revision)
+            file = Path(hf_hub_download(source, METADATA_FILE, repo_type="dataset", revision=revision))
         except HFValidationError as error:
             raise DataError(f"There is no folder '{source}', and it is no name of a repository on the Hub.") from error
         # No such file there, no such repository, no network: if it matters, loading the data says so.
@@ -198,7 +198,7 @@ def _select_columns(dataset, source: str, split: str, image_column: str | None, 
         empty = len(dataset) == 0
     if empty:
         raise _empty(split, source)
-    columns = dataset.column_names or list(first)
+    columns = dataset.column_names or list(first or ())
 
     def find(role: str, given: str | None, usual: Sequence[str]) -> str:
         if given is not None and given not in columns:

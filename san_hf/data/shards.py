@@ -135,13 +135,19 @@ def write_shards(shards: list[Shard], workers: int, progress: Callable[[int, int
         )
 
 
+# Of a worker: the counter of finished images that it shares with the others.
+_counter: Any = None
+
+
 def _start_worker(counter: Any) -> None:
     """Lets the worker count, and end when its parent does, which a killed parent can't tell it to."""
     global _counter
     _counter = counter
+    parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+        if parent is not None:
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

@@ -169,7 +169,8 @@ class _Process:
     ):
         self.predictor, self.vocabulary, self.data = predictor, vocabulary, data
         self.options, self.accelerator = options, accelerator
-        self.rank, self.world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+        self.rank: int = accelerator.process_index if accelerator else 0
+        self.world: int = accelerator.num_processes if accelerator else 1
         self.streamed = isinstance(data.dataset, IterableDataset)
         self.total = options.limit if self.streamed else min(len(data), options.limit or len(data))
         self.stop = 2**62 if self.total is None else self.total
@@ -201,7 +202,7 @@ class _Process:
         options = self.options
         if options.pictures and self.streamed:
             raise ValueError("Random images can't be chosen from streamed data: leave pictures out.")
-        order = np.random.default_rng(options.seed).permutation(self.total).tolist() if options.pictures else ()
+        order = np.random.default_rng(options.seed).permutation(self.stop).tolist() if options.pictures else []
         return KeptExamples(max(options.worst, options.pictures), options.pictures, order, options.keep)
 
     def _open(self, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -29,7 +29,12 @@ def percent(value: float | None) -> str:
 def class_rows(report: "Report") -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of classes, as text."""
     header = list(report.per_class[0]) if report.per_class else []
-    cell = {"index": str, "name": str, "ground_truth": "{:,}".format, "predicted": "{:,}".format}
+    cell: dict[str, Callable[[Any], str]] = {
+        "index": str,
+        "name": str,
+        "ground_truth": "{:,}".format,
+        "predicted": "{:,}".format,
+    }
     return header, [[cell.get(name, percent)(row.get(name)) for name in header] for row in report.per_class]
 
 
@@ -51,11 +56,13 @@ def compare(report: "Report", published: Sequence[str] = PUBLISHED_MODELS) -> li
     Raises:
         ValueError: no such model.
     """
-    figures = {name: published_results(name, report.dataset) for name in published}
+    known_results = {name: published_results(name, report.dataset) for name in published}
     rows = []
     for metric in METRICS:
         ours = report.metrics.get(metric)
-        known = [(name, found[metric]) for name, found in figures.items() if metric in found]
+        known: list[tuple[str | None, float | None]] = [
+            (name, found[metric]) for name, found in known_results.items() if metric in found
+        ]
         for name, theirs in known or [(None, None)]:
             difference = None if ours is None or theirs is None else ours - theirs
             source = SOURCES[metric][1] if name else None

@@ -75,7 +75,7 @@ def from_pretrained(
         OSError: there is no such model, or it can't be reached.
         ModelError: it is another kind of model, or its weights are incomplete.
     """
-    hub_options = {
+    hub_options: dict[str, Any] = {
         "cache_dir": cache_dir,
         "revision": revision,
         "token": token,

@@ -223,11 +223,14 @@ class Predictor:
                 mask_logits=mask_logits,
                 mask_embeds=mask_embeds,
                 image_size=tuple(image_size),
-                padded_size=tuple(pixel_values.shape[-2:]),
+                padded_size=(pixel_values.shape[-2], pixel_values.shape[-1]),
                 mirrored=mirrored,
             )
             for mask_logits, mask_embeds, image_size in zip(
-                outputs.masks_queries_logits, outputs.mask_embeds, image_sizes.tolist()
+                # Optional only as every field of an output is.
+                outputs.masks_queries_logits,  # type: ignore[arg-type]
+                outputs.mask_embeds,  # type: ignore[arg-type]
+                image_sizes.tolist(),
             )
         ]
 

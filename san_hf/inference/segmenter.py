@@ -80,18 +80,22 @@ class Segmenter:
             ValueError: names that are no vocabulary.
         """
         model, processor = load_model(name_or_path, dtype)
-        return cls(model.to(device).eval(), processor, class_names, **options)
+        # Transformers' decorator of `to` hides its signature.
+        return cls(model.to(device).eval(), processor, class_names, **options)  # type: ignore[arg-type]
 
     @property
     def class_names(self) -> list[str]:
         """Names of the labels; "other" is the last if there is one."""
         return list(self.vocabulary.class_names)
 
+    # A string is a sequence of strings, too, and a sequence can be iterated over: the first that fits counts.
     @overload
-    def __call__(self, images: AnyImage, batch_size: int = 1) -> Segmentation: ...
+    def __call__(self, images: AnyImage, batch_size: int = 1) -> Segmentation: ...  # type: ignore[overload-overlap]
 
     @overload
-    def __call__(self, images: Sequence[AnyImage], batch_size: int = 1) -> list[Segmentation]: ...
+    def __call__(  # type: ignore[overload-overlap]
+        self, images: Sequence[AnyImage], batch_size: int = 1
+    ) -> list[Segmentation]: ...
 
     @overload
     def __call__(self, images: Iterable[AnyImage], batch_size: int = 1) -> Iterator[Segmentation]: ...

@@ -139,7 +139,8 @@ class Vocabulary:
         """
         if not model.config.vocabulary_size or model.class_embeds is None:
             raise ValueError("This model carries no class names of its own: name what to look for.")
-        names = tuple(model.config.id2label[label] for label in range(model.config.vocabulary_size))
+        id2label: Mapping = model.config.id2label or {}
+        names = tuple(id2label[label] for label in range(model.config.vocabulary_size))
         return cls(names, model.class_embeds, len(names), text_digest=text_tower_digest(model))
 
     def to(self, device: str | torch.device) -> "Vocabulary":

@@ -1,6 +1,7 @@
 """Makes batches of augmented images."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ class SegmentationCollator:
     """
 
     def __init__(self, processor: SANProcessor | SANImageProcessor, ignore_index: int = 255):
-        self.image_processor = getattr(processor, "image_processor", processor)
+        self.image_processor: Any = getattr(processor, "image_processor", processor)
         self.ignore_index = ignore_index
 
     def __call__(self, examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:

@@ -228,6 +228,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def value_at(values: dict[str, Any], key: str) -> Any:
     """The value of a key such as "optimizer.learning_rate" in a dumped configuration; None if there is none."""
+    value: Any = values
     for part in key.split("."):
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
+        value = value.get(part) if isinstance(value, dict) else None
+    return value

@@ -2,7 +2,7 @@
 
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -146,7 +146,7 @@ def _merge(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _describe(problem: dict[str, Any]) -> str:
+def _describe(problem: Mapping[str, Any]) -> str:
     """A pydantic error in one line: the key, what came, what was expected."""
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location) or "the whole"

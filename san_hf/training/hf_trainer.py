@@ -18,7 +18,7 @@ from san_hf.training.stream import AugmentedSamples, SampleStream
 TRAINER_PADDING = -100
 
 
-class TrainingExamples(AugmentedSamples):
+class TrainingExamples(Dataset):
     """
     All augmented examples of a training, in the order in which they are drawn: those that `san-hf train` sees with the
     same seed. For `Trainer`, the whole training is thus one epoch.
@@ -34,7 +34,7 @@ class TrainingExamples(AugmentedSamples):
     """
 
     def __init__(self, data: SegmentationDataset, transform: TrainingTransform, length: int, seed: int = 0):
-        super().__init__(data, transform, seed)
+        self.samples = AugmentedSamples(data, transform, seed)
         self.length = length
 
     def __len__(self) -> int:
@@ -47,8 +47,9 @@ class TrainingExamples(AugmentedSamples):
         Raises:
             DataError: the example can't be used.
         """
-        [sample] = next(iter(SampleStream(self.data, self.seed, batch_size=1, first=position)))
-        example = super().__getitem__(sample)
+        samples = self.samples
+        [sample] = next(iter(SampleStream(samples.data, samples.seed, batch_size=1, first=position)))
+        example = samples[sample]
         if isinstance(example, DataError):
             raise example
         return example
@@ -105,7 +106,7 @@ class TrainerMetrics:
         self.processor = processor
         self.num_labels = num_labels
         self.ignore_index = ignore_index
-        self._counts = None
+        self._counts: SegmentationMetrics | None = None
 
     def label_maps(self, logits: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """
@@ -123,7 +124,7 @@ class TrainerMetrics:
         outputs = SANForSemanticSegmentationOutput(
             class_queries_logits=logits[0],
             masks_queries_logits=logits[1],
-            image_sizes=[(height, labels.shape[2])] * len(labels),
+            image_sizes=torch.tensor([(height, labels.shape[2])] * len(labels)),
         )
         return torch.stack(self.processor.post_process_semantic_segmentation(outputs))
 
@@ -138,12 +139,11 @@ class TrainerMetrics:
         Returns:
             After the last batch, the averages of [`SegmentationMetrics`], in percent; nothing before.
         """
-        if self._counts is None:
+        counts = self._counts
+        if counts is None:
             device = prediction.predictions[0].device
-            self._counts = SegmentationMetrics(self.num_labels, self.ignore_index, device=device)
+            counts = SegmentationMetrics(self.num_labels, self.ignore_index, device=device)
         for label_map, labels in zip(prediction.predictions, prediction.label_ids):
-            self._counts.update(label_map, labels[: len(label_map)])
-        if not compute_result:
-            return {}
-        counts, self._counts = self._counts, None
-        return counts.compute().metrics
+            counts.update(label_map, labels[: len(label_map)])
+        self._counts = None if compute_result else counts
+        return counts.compute().metrics if compute_result else {}

@@ -21,7 +21,7 @@ def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANFo
     Raises:
         ConfigError: the model can't be had or built as the configuration says.
     """
-    start = section.checkpoint or section.clip
+    start = section.checkpoint or section.clip or ""
     fields = {**section.san_config, "freeze_clip": section.freeze_clip}
     try:
         if section.checkpoint is not None:

@@ -45,7 +45,7 @@ def parameter_groups(
     Raises:
         ValueError: nothing is trainable.
     """
-    groups = {}
+    groups: dict[tuple, dict[str, Any]] = {}
     for name, module, parameter in _trainable_parameters(model):
         undecayed = isinstance(module, UNDECAYED_MODULES) or name.rpartition(".")[2] in UNDECAYED_NAMES
         group = {"weight_decay": 0.0 if undecayed else weight_decay}

@@ -272,7 +272,7 @@ class Run:
             "label_shift": section.label_shift,
             "streaming": section.streaming,
         }
-        version = {"config_name": section.config_name, "revision": section.revision}
+        version: dict[str, Any] = {"config_name": section.config_name, "revision": section.revision}
         data = load_segmentation_dataset(section.source, section.split, **options, **version)
         if section.validation_split is None:
             return data, None

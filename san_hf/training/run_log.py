@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def memory_in_use() -> float:
     return psutil.Process().memory_info().rss / 2**30
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """
     Raises:
         ConfigError: a tracker isn't installed.

@@ -61,9 +61,10 @@ class SampleStream:
             yield batch[self.process_index :: self.num_processes]
 
     def _draw(self):
+        length = len(self.data)
         for number in count(self.first):
-            epoch, place = divmod(number, self.epoch_length)
-            yield number, int(_permutation(self.seed, epoch, self.epoch_length)[place]), None
+            epoch, position = divmod(number, length)
+            yield number, int(_permutation(self.seed, epoch, length)[position]), None
 
     def _read(self):
         shuffled = self.data.dataset.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
@@ -105,8 +106,8 @@ class AugmentedSamples(Dataset):
         except DataError as error:
             return error
         # 1: not the generator that the order comes from.
-        image, label_map = self.transform(image, label_map, np.random.default_rng([self.seed, number, 1]))
-        return {"image": image, "label_map": label_map, "name": name}
+        pixels, labels = self.transform(image, label_map, np.random.default_rng([self.seed, number, 1]))
+        return {"image": pixels, "label_map": labels, "name": name}
 
 
 class Batches:
@@ -116,10 +117,12 @@ class Batches:
         self.collator = collator
 
     def __call__(self, examples: list[dict[str, Any] | DataError]) -> dict[str, Any] | DataError:
+        usable = []
         for example in examples:
             if isinstance(example, DataError):
                 return example
-        return {**self.collator(examples), "names": [example["name"] for example in examples]}
+            usable.append(example)
+        return {**self.collator(usable), "names": [example["name"] for example in usable]}
 
 
 def build_loader(

@@ -94,13 +94,16 @@ def read_ade_index(file: Path) -> tuple[list[str], list[str]]:
     # What is no pickle makes the unpickler fail in many ways.
     except Exception as error:
         raise DataError(f"'{file}' can't be read as ADE20K's index: {error}. Get it from ADE20K's owners.") from error
-    lists = [index.get(key) for key in ("folder", "filename")] if isinstance(index, dict) else [None, None]
-    for key, names in zip(("folder", "filename"), lists):
+    lists: dict[str, list[str]] = {}
+    for key in ("folder", "filename"):
+        names = index.get(key) if isinstance(index, dict) else None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"'{file}' has no list of texts {key!r}: expected ADE20K's index.")
-    if len(lists[0]) != len(lists[1]):
-        raise DataError(f"'{file}' has {len(lists[0])} folders for {len(lists[1])} file names, expected as many.")
-    return lists[0], lists[1]
+        lists[key] = names
+    folders, file_names = lists["folder"], lists["filename"]
+    if len(folders) != len(file_names):
+        raise DataError(f"'{file}' has {len(folders)} folders for {len(file_names)} file names, expected as many.")
+    return folders, file_names
 
 
 ADE20K_847 = Benchmark(
