@@ -60,7 +60,7 @@ def render_card(
 
     Args:
         facts: `title`, and optionally `summary`, `notice` (a plain statement set off at the top), `base_model`,
-            `datasets`, `tags`, `training`, `limits` (Markdown), `results` (rows: `dataset` and figures by metric, in
+            `datasets`, `tags`, `training`, `limits` (Markdown), `results` (rows: `dataset` and values by metric, in
             percent), `results_note` (what they are), `definitions` (meaning of each metric), `sample_image`,
             `sample_classes` (for the example), `has_code` (whether the model's code is saved beside the weights; if
             not, the example loads them with this package).

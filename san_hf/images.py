@@ -1,4 +1,4 @@
-"""Images of any kind as upright 8-bit RGB pictures."""
+"""Images of any kind as upright 8-bit RGB images."""
 
 import os
 import warnings

@@ -1,4 +1,4 @@
-"""Label maps as pictures: colours, class maps, overlays with names and a legend, and comparisons."""
+"""Visualisations of label maps: colours, class maps, overlays with names and a legend, and comparisons."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ MAX_NAME_LENGTH = 40
 READABLE_SIZE = 640
 # Regions are analysed at this size at most: where a name goes needs no more.
 PLACEMENT_SIZE = 512
-# In comparisons: what has no label, what is wrong, and the longer side of each picture.
+# In comparisons: what has no label, what is wrong, and the longer side of each image.
 UNLABELLED_COLOR = (24, 24, 24)
 ERROR_COLOR = (230, 30, 30)
 COMPARISON_SIZE = 320
@@ -41,7 +41,7 @@ def _palette(size: int = 1000) -> np.ndarray:
     levels = np.arange(0, 256, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lab = _oklab(candidates)
-    # Neither near black or white nor near grey, and not so glaring that a picture can't be seen through them.
+    # Neither near black or white nor near grey, and not so glaring that an image can't be seen through them.
     lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
     usable = (lightness > 0.45) & (lightness < 0.9) & (chroma > 0.06) & (chroma < 0.2)
     candidates, lab = candidates[usable], lab[usable]
@@ -101,11 +101,11 @@ def draw_overlay(
     opacity: float = 0.5,
 ) -> Image.Image:
     """
-    The picture under its label map: regions tinted and outlined, each class named once inside its largest region, and
-    a legend with the share of pixels below. Small pictures are enlarged by a whole factor.
+    The image under its label map: regions tinted and outlined, each class named once inside its largest region, and
+    a legend with the share of pixels below. Small images are enlarged by a whole factor.
 
     Args:
-        image: the picture, of the label map's size.
+        image: of the label map's size.
         label_map: (H, W) integers in 0..len(class_names) - 1.
         class_names: one for each label.
         colors: (len(class_names), 3) uint8 RGB; `class_colors` by default.
@@ -127,12 +127,12 @@ def draw_overlay(
     factor = max(1, round(READABLE_SIZE / max(image.size)))
     label_map = label_map.repeat(factor, axis=0).repeat(factor, axis=1)
     size = (image.width * factor, image.height * factor)
-    picture = Image.blend(
+    drawing = Image.blend(
         image.convert("RGB").resize(size, Image.Resampling.BICUBIC), colorize(label_map, colors), opacity
     )
-    picture.paste((255, 255, 255), mask=_outlines(label_map))
+    drawing.paste((255, 255, 255), mask=_outlines(label_map))
     font_size = max(14, max(size) // 40)
-    draw = ImageDraw.Draw(picture)
+    draw = ImageDraw.Draw(drawing)
     for label, position in _placements(label_map, class_names, font_size).items():
         name = _short(class_names[label])
         draw.text(
@@ -144,11 +144,11 @@ def draw_overlay(
             stroke_width=max(2, font_size // 8),
             stroke_fill=(0, 0, 0),
         )
-    return _with_legend(picture, _shares(label_map, class_names, colors), font_size)
+    return _with_legend(drawing, _shares(label_map, class_names, colors), font_size)
 
 
 def _outlines(label_map: np.ndarray) -> Image.Image:
-    """A mask of where one region ends and another begins, as wide as the picture's size asks for."""
+    """A mask of where one region ends and another begins, as wide as the image's size asks for."""
     edges = np.zeros(label_map.shape, dtype=np.uint8)
     edges[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
     edges[1:] |= label_map[1:] != label_map[:-1]
@@ -165,7 +165,7 @@ def _placements(label_map: np.ndarray, class_names: Sequence[str], font_size: in
         name = _short(class_names[label])
         regions, _ = ndimage.label(small == label)
         largest = regions == 1 + np.bincount(regions.ravel())[1:].argmax()
-        # Distance to the region's (or picture's) edge, in units of the name's half width and half height: from 1 on a
+        # Distance to the region's (or image's) edge, in units of the name's half width and half height: from 1 on a
         # name in the middle touches no edge straight beside, above or below it.
         left, top, right, bottom = _font(name, font_size).getbbox(name)
         half = max(bottom - top, 1) / (2 * step), max(right - left, 1) / (2 * step)
@@ -185,7 +185,7 @@ class Comparison:
 
     Attributes:
         title: what to write over it.
-        image: the picture.
+        image: 8-bit RGB.
         label_map: (H, W) integers, the ground truth.
         predictions: (H, W) integers from 0 by the model's name; those beyond the classes are shown as "other".
         scores: each model's mIoU on this image, in percent, to write over its prediction; nan for none.
@@ -203,7 +203,7 @@ def draw_comparisons(
 ) -> Image.Image:
     """
     A grid: for each comparison a row of the image, the ground truth, and for each model its prediction and its errors;
-    a legend of the classes that occur below. Pictures are scaled to `COMPARISON_SIZE`.
+    a legend of the classes that occur below. Images are scaled to `COMPARISON_SIZE`.
 
     Args:
         comparisons: of the same models.
@@ -232,20 +232,20 @@ def draw_comparisons(
                     "size."
                 )
             seen[np.unique(label_map)] = True
-        pictures = [_fit(comparison.image.convert("RGB"), Image.Resampling.BICUBIC)]
-        pictures.append(_fit(colorize(truth, colors), Image.Resampling.NEAREST))
+        cells = [_fit(comparison.image.convert("RGB"), Image.Resampling.BICUBIC)]
+        cells.append(_fit(colorize(truth, colors), Image.Resampling.NEAREST))
         for prediction in predictions:
-            pictures.append(_fit(colorize(prediction, colors), Image.Resampling.NEAREST))
-            pictures.append(_errors(pictures[0], truth, prediction, num_labels + 1))
-        rows.append(pictures)
+            cells.append(_fit(colorize(prediction, colors), Image.Resampling.NEAREST))
+            cells.append(_errors(cells[0], truth, prediction, num_labels + 1))
+        rows.append(cells)
 
     gap, line = font_size * 2 // 3, font_size * 3 // 2
-    width = max(max(pictures[0].width for pictures in rows), font_size * 10)
+    width = max(max(cells[0].width for cells in rows), font_size * 10)
     canvas = Image.new(
         "RGB",
         (
             gap + len(rows[0]) * (width + gap),
-            gap + line + sum(line + pictures[0].height + gap for pictures in rows),
+            gap + line + sum(line + cells[0].height + gap for cells in rows),
         ),
         (255, 255, 255),
     )
@@ -260,30 +260,30 @@ def draw_comparisons(
     for column, header in enumerate(headers):
         write(header, column, gap)
     y = gap + line
-    for comparison, pictures in zip(comparisons, rows):
+    for comparison, cells in zip(comparisons, rows):
         write(comparison.title, 0, y, columns=2)
         for number, model in enumerate(models):
             if np.isfinite(comparison.scores[model]):
                 write(f"mIoU {comparison.scores[model]:.1f}", 2 + 2 * number, y)
-        for column, picture in enumerate(pictures):
-            canvas.paste(picture, (gap + column * (width + gap), y + line))
-        y += line + pictures[0].height + gap
+        for column, drawing in enumerate(cells):
+            canvas.paste(drawing, (gap + column * (width + gap), y + line))
+        y += line + cells[0].height + gap
     names = [*class_names, "other", "no label"]
     entries = [(colors[label], _short(names[label])) for label in np.flatnonzero(seen)]
     return _with_legend(canvas, [*entries, (ERROR_COLOR, "wrong")], font_size)
 
 
-def _fit(picture: Image.Image, resample: Image.Resampling) -> Image.Image:
-    scale = COMPARISON_SIZE / max(picture.size)
-    return picture.resize([max(1, round(side * scale)) for side in picture.size], resample)
+def _fit(drawing: Image.Image, resample: Image.Resampling) -> Image.Image:
+    scale = COMPARISON_SIZE / max(drawing.size)
+    return drawing.resize([max(1, round(side * scale)) for side in drawing.size], resample)
 
 
-def _errors(picture: Image.Image, truth: np.ndarray, prediction: np.ndarray, unlabelled: int) -> Image.Image:
-    """The picture in pale grey, red where the prediction is wrong, and dark where there is no label."""
+def _errors(drawing: Image.Image, truth: np.ndarray, prediction: np.ndarray, unlabelled: int) -> Image.Image:
+    """The image in pale grey, red where the prediction is wrong, and dark where there is no label."""
     wrong = _fit(Image.fromarray((truth != prediction) & (truth != unlabelled)), Image.Resampling.NEAREST)
     missing = _fit(Image.fromarray(truth == unlabelled), Image.Resampling.NEAREST)
-    pale = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, (255, 255, 255)), 0.45)
-    red = Image.blend(pale, Image.new("RGB", picture.size, ERROR_COLOR), 0.75)
+    pale = Image.blend(drawing.convert("L").convert("RGB"), Image.new("RGB", drawing.size, (255, 255, 255)), 0.45)
+    red = Image.blend(pale, Image.new("RGB", drawing.size, ERROR_COLOR), 0.75)
     pale.paste(red, mask=wrong)
     pale.paste(UNLABELLED_COLOR, mask=missing)
     return pale
@@ -296,23 +296,23 @@ def _shares(label_map: np.ndarray, class_names: Sequence[str], colors: np.ndarra
     return [(colors[label], f"{_short(class_names[label])} {counts[label] / label_map.size:.1%}") for label in present]
 
 
-def _with_legend(picture: Image.Image, entries: Sequence[tuple[Iterable[int], str]], font_size: int) -> Image.Image:
-    """The picture with a strip below: the (colour, text) of each entry."""
+def _with_legend(drawing: Image.Image, entries: Sequence[tuple[Iterable[int], str]], font_size: int) -> Image.Image:
+    """The image with a strip below: the (colour, text) of each entry."""
     line, gap = font_size * 3 // 2, font_size * 2 // 3
     widths = [line + _font(text, font_size).getlength(text) + gap for _, text in entries]
-    canvas_width = max(picture.width, 320, round(max(widths)) + gap)
+    drawingwidth = max(drawing.width, 320, round(max(widths)) + gap)
     positions: list[tuple[float, int]] = []
     x, y = float(gap), gap
     for width in widths:
-        if x > gap and x + width > canvas_width:
+        if x > gap and x + width > drawingwidth:
             x, y = float(gap), y + line
         positions.append((x, y))
         x += width
-    canvas = Image.new("RGB", (canvas_width, picture.height + y + line + gap), (255, 255, 255))
-    canvas.paste(picture)
+    canvas = Image.new("RGB", (drawingwidth, drawing.height + y + line + gap), (255, 255, 255))
+    canvas.paste(drawing)
     draw = ImageDraw.Draw(canvas)
     for (color, text), (x, y) in zip(entries, positions):
-        top = picture.height + y
+        top = drawing.height + y
         fill = tuple(int(value) for value in color)
         draw.rectangle((x, top + 1, x + font_size, top + 1 + font_size), fill=fill, outline=(0, 0, 0))
         draw.text((x + line - 2, top + 1 + font_size / 2), text, (0, 0, 0), _font(text, font_size), anchor="lm")

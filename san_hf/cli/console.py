@@ -44,7 +44,7 @@ def quiet_libraries() -> None:
 
 
 def explain(error: BaseException) -> str:
-    """An expected error in words."""
+    """The message of an expected error."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return OUT_OF_MEMORY_ADVICE
     # Errors of torch have a stack trace of C++ in their message.

@@ -201,7 +201,7 @@ def find_images(patterns: list[str], output: Path) -> list[tuple[str, Path]]:
 
 
 def name_outputs(names: list[Path], output: Path) -> list[Path]:
-    """For each a path below `output`, none twice (not even where capitals don't count): a number is added."""
+    """A path below `output` for each image; equal ones, also where capitals don't count, get a number."""
     taken, stems = set(), []
     for name in names:
         # File systems allow names of 255 bytes; endings take some of them.

@@ -163,7 +163,7 @@ def _load(
     config_name: str | None,
     revision: str | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """What `datasets` makes of it, and what it can't, in words."""
+    """The split as `datasets` loads it."""
     stem = split.partition("[")[0]
     if metadata is not None and stem not in metadata["splits"]:
         raise DataError(f"'{source}' has no split {split!r}, expected one of {', '.join(metadata['splits'])}.")
@@ -273,8 +273,8 @@ def _pair_files(images: Path, labels: Path) -> datasets.Dataset:
             files[stem] = path
         found[folder] = files
     for here, there in ((images, labels), (labels, images)):
-        if lonely := [str(path) for stem, path in found[here].items() if stem not in found[there]]:
-            raise DataError(f"No file of the same name in '{there}' for {join_some(lonely)}.")
+        if unpaired := [str(path) for stem, path in found[here].items() if stem not in found[there]]:
+            raise DataError(f"No file of the same name in '{there}' for {join_some(unpaired)}.")
     if not found[images]:
         raise DataError(f"There is no image in '{images}', expected at least one.")
     columns = {

@@ -125,7 +125,9 @@ def _read_finished(output: Path, benchmark: Benchmark, splits: list[str]) -> dic
     for split in splits:
         files = sorted((output / "data").glob(f"{split}-*.parquet"))
         if not files or files[-1].stem != f"{split}-{len(files) - 1:05d}-of-{len(files):05d}":
-            raise DataError(f"'{output / 'data'}' lacks some of the files of {split}. Remove '{output}' to start anew.")
+            raise DataError(
+                f"'{output / 'data'}' lacks some of the files of {split}. Remove '{output}' to start again."
+            )
     return metadata
 
 

@@ -111,7 +111,7 @@ def dataset_card(metadata: dict[str, Any]) -> str:
     }
     rows = "\n".join(f"| {split} | {count:,} |" for split, count in metadata["splits"].items())
     names = ", ".join(f"{label} {name!r}" for label, name in enumerate(metadata["class_names"]))
-    partial = "" if metadata["complete"] else "\n\n**Incomplete: a part of the set, not for figures to compare.**"
+    partial = "" if metadata["complete"] else "\n\n**Incomplete: a part of the set, not for results to compare.**"
     bits = 8 if metadata["ignore_index"] == 255 else 16
     return f"""---
 {yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip()}

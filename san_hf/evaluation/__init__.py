@@ -1,4 +1,4 @@
-"""Evaluation: the figures, how they are reported, and the published ones beside them."""
+"""Evaluation: metrics, reports, and the published results beside them."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-from .metrics import Results, SegmentationMetrics
+from .metrics import ConfusionMatrixMetrics, Results
 from .report import Report, read_results, write_results
 
-__all__ = ["Report", "Results", "SegmentationMetrics", "read_results", "write_results"]
+__all__ = ["Report", "Results", "ConfusionMatrixMetrics", "read_results", "write_results"]

@@ -17,7 +17,7 @@ from datasets import IterableDataset
 from san_hf.data import DataError, SegmentationDataset
 from san_hf.devices import OUT_OF_MEMORY
 from san_hf.evaluation.batches import BrokenExample, Example, ShapeBatches, computed_ahead, rows
-from san_hf.evaluation.metrics import Results, SegmentationMetrics
+from san_hf.evaluation.metrics import ConfusionMatrixMetrics, Results
 from san_hf.evaluation.pictures import KeptExample, KeptExamples, draw_examples
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
 from san_hf.evaluation.resume import EvaluationError, EvaluationState, StateFile, model_checksum, writing_to
@@ -63,7 +63,7 @@ class EvaluationOptions:
         limit: only the first so many images.
         expand, synonyms, templates: see [`Vocabulary.encode`].
         augment: see [`Predictor`].
-        boundary: whether to measure boundaries, too: see [`SegmentationMetrics`].
+        boundary: whether to measure boundaries, too: see [`ConfusionMatrixMetrics`].
         worst: how many of the worst images to name.
         pictures: how many of the worst and of random images to keep, with their predictions, for drawing.
         seed: of the random images.
@@ -194,9 +194,9 @@ class _Process:
             self._merge_predictions(self.folder)
         return self._collect()
 
-    def _new_metrics(self, boundary: bool) -> SegmentationMetrics:
+    def _new_metrics(self, boundary: bool) -> ConfusionMatrixMetrics:
         device = self.predictor.model.device
-        return SegmentationMetrics(len(self.data.class_names), self.data.ignore_index, boundary, device)
+        return ConfusionMatrixMetrics(len(self.data.class_names), self.data.ignore_index, boundary, device)
 
     def _new_kept(self) -> KeptExamples:
         options = self.options

@@ -1,4 +1,4 @@
-"""Figures of semantic segmentation from counts of pixels: a confusion matrix is all that is ever kept."""
+"""Metrics of semantic segmentation from counts of pixels: only a confusion matrix is kept."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ BOUNDARY_METRICS = ("BoundaryIoU", "min(IoU, B-Iou)")
 @dataclass(frozen=True)
 class Results:
     """
-    The figures, in percent; nan where there is nothing to average or divide by.
+    Metrics in percent; nan where there is nothing to average or divide by.
 
     Attributes:
         num_images: how many images were counted.
@@ -42,7 +42,7 @@ class Results:
     per_class: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, float]:
-        """All figures in one flat dict, named as in the original's logs: "mIoU", ..., "IoU-cat", "ACC-cat", ...
+        """All metrics in one flat dict, named as in the original's logs: "mIoU", ..., "IoU-cat", "ACC-cat", ...
 
         Of classes with the same name the first alone gets it; the others are called "name (index)".
         """
@@ -54,23 +54,23 @@ class Results:
         return flat
 
 
-class SegmentationMetrics:
+class ConfusionMatrixMetrics:
     """
-    Counts how often each label was predicted where, image by image, and computes the figures from the counts.
+    Counts how often each label was predicted where, image by image, and computes the metrics from the counts.
 
     Memory doesn't depend on the number of images: `confusion_matrix` is (num_labels, num_labels + 1) int64, ground
     truth x prediction, the last column for predictions that are none of the labels. Pixels of `ignore_index` count
     nowhere, whatever was predicted there. Sums of integers are exact, so neither the order of the images nor how they
-    are spread over processes changes a figure.
+    are spread over processes changes a metric.
 
     Args:
         num_labels: number of classes C; labels are 0..C-1.
         ignore_index: the value of unlabelled pixels, e.g. 255 or 65535; none of the labels.
-        boundary: whether to count boundaries, too. They are taken as the original evaluation does, so that the figures
+        boundary: whether to count boundaries, too. They are taken as the original evaluation does, so that the metrics
             can be compared with its own: on the map of integers, not class by class. A map's boundary is the map
             minus its erosion (the least value in a square of 2 d + 1 pixels, d = max(1, round(0.02 * the diagonal)),
             with zeros outside the image), with unlabelled pixels as label C; what is compared are these differences.
-            So a pixel deep inside any region counts for class 0, and a class that occurs nowhere may get a figure.
+            So a pixel deep inside any region counts for class 0, and a class that occurs nowhere may get a value.
             The original's 8-bit maps allow 254 classes; here any number goes.
         device: where the counts are kept and the maps are compared.
 
@@ -164,7 +164,7 @@ class SegmentationMetrics:
         size = self.num_labels + 1
         return torch.bincount((rows * size + columns).flatten(), minlength=size * size).view(size, size)
 
-    def merge(self, other: "SegmentationMetrics") -> None:
+    def merge(self, other: "ConfusionMatrixMetrics") -> None:
         """Adds what another one counted.
 
         Raises:
@@ -210,7 +210,7 @@ class SegmentationMetrics:
 
     def compute(self, class_names: Sequence[str] | None = None) -> Results:
         """
-        The figures of what was counted so far.
+        The metrics of what was counted so far.
 
         Args:
             class_names: one for each label; "0", "1", ... by default.
@@ -266,7 +266,7 @@ def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def boundary_map(label_map: torch.Tensor) -> torch.Tensor:
     """
-    How much larger each value is than the least one nearby; see `SegmentationMetrics` for what "nearby" is.
+    How much larger each value is than the least one nearby; see `ConfusionMatrixMetrics` for what "nearby" is.
 
     Args:
         label_map: (H, W) integers from 0.

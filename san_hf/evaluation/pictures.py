@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from san_hf.data import SegmentationDataset
-from san_hf.evaluation.metrics import SegmentationMetrics
+from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.inference.predictor import Predictor, evaluation_mode
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.visualization import COMPARISON_SIZE, Comparison, draw_comparisons
@@ -185,7 +185,7 @@ def draw_examples(
             columns[title] = {}
             for index, (image, label_map, name) in examples.items():
                 (prediction,) = predictor([image], vocabulary)
-                metrics = SegmentationMetrics(len(data.class_names), data.ignore_index, device=prediction.device)
+                metrics = ConfusionMatrixMetrics(len(data.class_names), data.ignore_index, device=prediction.device)
                 metrics.update(prediction, label_map)
                 score = metrics.compute().metrics["mIoU"]
                 columns[title][index] = KeptExample.of(index, name, image, label_map, prediction.cpu().numpy(), score)

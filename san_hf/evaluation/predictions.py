@@ -56,7 +56,7 @@ class PredictionWriter:
     def __init__(self, path: str | os.PathLike, size: int = 0):
         self.file = open(path, "r+b" if size else "wb")
         if self.file.seek(0, os.SEEK_END) < size:
-            raise OSError(f"'{path}' has lost its end: evaluate anew.")
+            raise OSError(f"'{path}' has lost its end: evaluate again from the start.")
         self.file.truncate(size)
         self.file.seek(size)
 

@@ -1,4 +1,4 @@
-"""SAN's published figures, from the facts of its checkpoints (`model_cards/`), and what can be compared with them."""
+"""SAN's published results, from the facts of its checkpoints (`model_cards/`), and what can be compared with them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,7 +46,7 @@ def reasons_not_comparable(
     dataset: str, split: str, num_images: int, class_names: Sequence[str], settings: Mapping[str, Any]
 ) -> list[str]:
     """
-    Why a result can't be compared with published figures, which are of all images of the validation split, at a single
+    Why a result can't be compared with published results, which are of all images of the validation split, at a single
     scale, with the names of the benchmark's own classes as given. Empty if it can.
 
     Args:
@@ -61,7 +61,7 @@ def reasons_not_comparable(
     reasons = []
     expected = BENCHMARKS[dataset].splits["validation"]
     if split not in ("validation", "val"):
-        reasons.append(f"it is of the split {split}, published are figures of validation")
+        reasons.append(f"it is of the split {split}, published are results of validation")
     elif num_images != expected:
         reasons.append(f"it is of {num_images:,} images, the validation split has {expected:,}")
     own_names = load_vocabulary(dataset)
@@ -71,13 +71,13 @@ def reasons_not_comparable(
         (name, own), more = changed[0], f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         reasons.append(f"its classes have other names: {name!r} for {own!r}{more}")
     if settings.get("augment"):
-        reasons.append("it was made with test-time augmentation, published are figures of a single scale")
+        reasons.append("it was made with test-time augmentation, published are results of a single scale")
     if settings.get("expand"):
         reasons.append(f"the vocabulary was expanded by {settings['expand']}")
     if settings.get("synonyms"):
-        reasons.append("synonyms were split, published are figures with names as given")
+        reasons.append("synonyms were split, published are results with names as given")
     templates = settings.get("templates")
     if templates not in (None, "vild"):
         shown = templates if isinstance(templates, str) else f"{len(templates)} of the model's own"
-        reasons.append(f"its prompt templates were {shown}, published are figures with vild")
+        reasons.append(f"its prompt templates were {shown}, published are results with vild")
     return reasons

@@ -22,7 +22,7 @@ RESULTS_FILE, CLASSES_FILE, TABLE_FILE = "results.json", "per_class.csv", "resul
 
 class Report(BaseModel):
     """
-    What `results.json` holds: figures, in percent, and what they are of.
+    Contents of `results.json`: metrics, in percent, and what was evaluated.
 
     Attributes:
         model, dataset, split: names.
@@ -59,7 +59,7 @@ def write_results(
 
     Args:
         folder: made if it isn't there; files of the same names are replaced.
-        results: the figures.
+        results: the metrics.
         model, dataset, split: what they are of.
         settings: how it was evaluated: what JSON can hold.
 

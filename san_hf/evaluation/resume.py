@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from san_hf.evaluation.metrics import SegmentationMetrics
+from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.evaluation.pictures import KeptExamples
 from san_hf.files import write_file
 from san_hf.messages import one_line
@@ -32,7 +32,7 @@ class EvaluationState:
         predictions_size: how many bytes of the process's predictions belong to the state.
     """
 
-    def __init__(self, metrics: SegmentationMetrics, kept: KeptExamples):
+    def __init__(self, metrics: ConfusionMatrixMetrics, kept: KeptExamples):
         self.metrics, self.kept = metrics, kept
         self.done = 0
         self.broken: list[tuple[int, str]] = []

@@ -1,4 +1,4 @@
-"""The figures of [`SegmentationMetrics`] as a metric of the `evaluate` library.
+"""The metrics of [`ConfusionMatrixMetrics`] as a metric of the `evaluate` library.
 
     metric = SegmentationMetric(num_labels=171, ignore_index=255)
     metric.add_batch(predictions=label_maps, references=true_label_maps)
@@ -14,7 +14,7 @@ import evaluate
 import numpy as np
 import torch
 
-from san_hf.evaluation.metrics import SegmentationMetrics
+from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 
 
 DESCRIPTION = """
@@ -40,12 +40,12 @@ class SegmentationMetric(evaluate.Metric):
     a confusion matrix, and writes nothing.
 
     Args:
-        num_labels, ignore_index, boundary, device: see [`SegmentationMetrics`].
+        num_labels, ignore_index, boundary, device: see [`ConfusionMatrixMetrics`].
         class_names: one for each label; "0", "1", ... by default.
         **kwargs: of `evaluate.Metric`.
 
     Attributes:
-        counts: the [`SegmentationMetrics`]; in a run of several processes, `counts.reduce(accelerator)` before
+        counts: the [`ConfusionMatrixMetrics`]; in a run of several processes, `counts.reduce(accelerator)` before
             `compute` adds up what all of them counted.
 
     Raises:
@@ -69,7 +69,7 @@ class SegmentationMetric(evaluate.Metric):
         if class_names is not None and len(class_names) != num_labels:
             raise ValueError(f"Got {len(class_names)} class names for {num_labels} labels.")
         self.class_names = class_names
-        self.counts = SegmentationMetrics(num_labels, ignore_index, boundary, device)
+        self.counts = ConfusionMatrixMetrics(num_labels, ignore_index, boundary, device)
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -116,7 +116,7 @@ class SegmentationMetric(evaluate.Metric):
         if len(predictions) != len(references):
             raise ValueError(f"Got {len(predictions)} predictions for {len(references)} references.")
         counts = self.counts
-        batch = SegmentationMetrics(counts.num_labels, counts.ignore_index, counts.boundary, counts.device)
+        batch = ConfusionMatrixMetrics(counts.num_labels, counts.ignore_index, counts.boundary, counts.device)
         for index, (prediction, reference) in enumerate(zip(predictions, references)):
             try:
                 batch.update(prediction, reference)
@@ -130,7 +130,7 @@ class SegmentationMetric(evaluate.Metric):
         predictions: Sequence[np.ndarray | torch.Tensor] | None = None,
         references: Sequence[np.ndarray | torch.Tensor] | None = None,
     ) -> dict[str, float]:
-        """The figures of all that was added, and of these, if any; then it starts anew.
+        """The metrics of all that was added, and of these, if any; then counting starts from zero.
 
         Raises:
             ValueError: nothing was added.
@@ -142,7 +142,7 @@ class SegmentationMetric(evaluate.Metric):
             )
         if not self.counts.num_images:
             raise ValueError("There is nothing to compute from: call add or add_batch before, or pass label maps.")
-        figures = self.counts.compute(self.class_names).to_dict()
+        metrics = self.counts.compute(self.class_names).to_dict()
         for count in self.counts.counts.values():
             count.zero_()
-        return figures
+        return metrics

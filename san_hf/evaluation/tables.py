@@ -15,7 +15,7 @@ from san_hf.evaluation.published import PUBLISHED_MODELS, SOURCES, published_res
 if TYPE_CHECKING:
     from san_hf.evaluation.report import Report
 
-# What the average of each metric is over, where there is more than one custom.
+# What the average of each metric is over, where there is more than one definition.
 DEFINITIONS = {
     "mIoU": "over classes in the ground truth",
     "mIoU_over_present_or_predicted": "over classes in the ground truth or the predictions",
@@ -43,14 +43,14 @@ COMPARISON_HEADER = ("dataset", "metric", "result", "published for", "from", "pu
 
 def compare(report: "Report", published: Sequence[str] = PUBLISHED_MODELS) -> list[dict[str, Any]]:
     """
-    Each figure beside the published one of the same definition.
+    Each metric beside the published result of the same definition.
 
     Args:
-        report: a model's figures.
+        report: metrics of a model.
         published: names of `PUBLISHED_MODELS`.
 
     Returns:
-        Rows by `COMPARISON_HEADER`: figures in percent, the difference (ours minus published) in points; `None` where
+        Rows by `COMPARISON_HEADER`: values in percent, the difference (ours minus published) in points; `None` where
         nothing was published. A metric for which there is nothing at all has one row.
 
     Raises:
@@ -81,7 +81,7 @@ def comparison_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Full precision; an empty cell where there is no figure."""
+    """Full precision; an empty cell where there is no value."""
     text = io.StringIO()
     # Boundaries aren't in all results.
     header = list(dict.fromkeys(name for row in rows for name in row))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from san_hf.evaluation.metrics import SegmentationMetrics
+from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.inference import Predictor
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.picture_book.objects import BASE, CLASS_NAMES, NOVEL, STUFF
@@ -57,7 +57,7 @@ def measure_label_maps(
         `base_miou`, `novel_miou` and `stuff_miou`: IoU averaged over the classes of that kind that occur on the pages,
         nan if none does; and `pixel_accuracy`. All in percent.
     """
-    metrics = SegmentationMetrics(len(CLASS_NAMES), _UNLABELLED)
+    metrics = ConfusionMatrixMetrics(len(CLASS_NAMES), _UNLABELLED)
     for page in range(pages):
         scene = draw_scene([seed, page])
         metrics.update(predict(scene.image), scene.label_map)

@@ -169,7 +169,7 @@ class CheckpointSection(Section):
 
 class LoggingSection(Section):
     every: int = resumable_field(20, "Steps between lines on the console. `log.jsonl` has every step.", ge=1)
-    trackers: list[Literal["tensorboard", "wandb"]] = resumable_field([], "Where to send figures and pictures, too.")
+    trackers: list[Literal["tensorboard", "wandb"]] = resumable_field([], "Where to send metrics and drawings, too.")
     project: str = resumable_field("san-hf", "The trackers' project.")
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
 from san_hf.data import DataError, SegmentationDataset
-from san_hf.evaluation.metrics import SegmentationMetrics
+from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.modeling import SANForSemanticSegmentationOutput, SANProcessor
 from san_hf.training.augmentation import TrainingTransform
 from san_hf.training.stream import AugmentedSamples, SampleStream
@@ -93,7 +93,7 @@ class TrainerMetrics:
     `preprocess_logits_for_metrics`. Between batches it keeps a confusion matrix, never predictions.
 
     Labels are compared at the size at which the model sees the image; `san-hf evaluate` compares them at the
-    original's, as is done for published figures, which differ a little. On several processes, images of different
+    original's, as is done for published results, which differ a little. On several processes, images of different
     sizes need `eval_use_gather_object=True`.
 
     Args:
@@ -106,7 +106,7 @@ class TrainerMetrics:
         self.processor = processor
         self.num_labels = num_labels
         self.ignore_index = ignore_index
-        self._counts: SegmentationMetrics | None = None
+        self._counts: ConfusionMatrixMetrics | None = None
 
     def label_maps(self, logits: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """
@@ -137,12 +137,12 @@ class TrainerMetrics:
             compute_result: whether it was the last.
 
         Returns:
-            After the last batch, the averages of [`SegmentationMetrics`], in percent; nothing before.
+            After the last batch, the averages of [`ConfusionMatrixMetrics`], in percent; nothing before.
         """
         counts = self._counts
         if counts is None:
             device = prediction.predictions[0].device
-            counts = SegmentationMetrics(self.num_labels, self.ignore_index, device=device)
+            counts = ConfusionMatrixMetrics(self.num_labels, self.ignore_index, device=device)
         for label_map, labels in zip(prediction.predictions, prediction.label_ids):
             counts.update(label_map, labels[: len(label_map)])
         self._counts = None if compute_result else counts

@@ -63,7 +63,7 @@ def set_vocabulary(model: SANForSemanticSegmentation, processor: SANProcessor, c
 
 
 def trains_text(model: SANForSemanticSegmentation) -> bool:
-    """Whether the classes have to be encoded anew in every step."""
+    """Whether the classes have to be encoded again in every step."""
     return any(parameter.requires_grad for parameter in model.text_model.parameters())
 
 

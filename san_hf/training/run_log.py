@@ -26,7 +26,7 @@ LOG_FILE = "log.jsonl"
 
 class RunLog:
     """
-    Writes the figures of a run. Only the main process does.
+    Writes the log of a run. Only the main process does.
 
     Args:
         accelerator: with `log_with` for the trackers.
@@ -88,15 +88,15 @@ class RunLog:
             self.say(_step_line(record, self.steps))
 
     def evaluation(self, step: int, metrics: Mapping[str, float], seconds: float, best: bool) -> None:
-        """The figures of an evaluation, in percent."""
-        figures = {key: None if math.isnan(value) else value for key, value in metrics.items()}
-        self._write({"step": step, "validation": figures, "seconds": round(seconds, 2), "best": best})
-        self._track({f"validation/{key}": value for key, value in figures.items() if value is not None}, step)
+        """The metrics of an evaluation, in percent."""
+        values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
+        self._write({"step": step, "validation": values, "seconds": round(seconds, 2), "best": best})
+        self._track({f"validation/{key}": value for key, value in values.items() if value is not None}, step)
         shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items())
         self.say(f"step {step}/{self.steps}  validation: {shown}" + ("  (best so far)" if best else ""))
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        """An example picture for the trackers."""
+        """A drawing of examples for the trackers."""
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, dataformats="NHWC")

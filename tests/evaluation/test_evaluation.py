@@ -1,4 +1,4 @@
-"""Evaluation of the embedded checkpoint on drawn scenes: its figures, its files, and what goes wrong."""
+"""Evaluation of the embedded checkpoint on drawn scenes: its metrics, its files, and what goes wrong."""
 
 import dataclasses
 import errno
@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from san_hf.cli import app
 from san_hf.data import DataError, SegmentationDataset, load_segmentation_dataset
 from san_hf.evaluation.evaluator import EvaluationError, draw_examples, evaluate
-from san_hf.evaluation.metrics import SegmentationMetrics
+from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
 from san_hf.hub import from_pretrained
 from san_hf.inference import Predictor, Segmenter
@@ -104,12 +104,12 @@ def assert_same(got, expected):
 def test_figures_are_those_of_the_label_maps(loaded, data, expected):
     """Catches other preprocessing, class names, sizes or pixels than those of `segment` and of the data set."""
     segmenter = Segmenter(*loaded, data.class_names)
-    metrics = SegmentationMetrics(len(data.class_names), 255)
+    metrics = ConfusionMatrixMetrics(len(data.class_names), 255)
     scores = []
     for image, label_map, _ in data:
         prediction = segmenter(image).label_map
         metrics.update(prediction, label_map)
-        alone = SegmentationMetrics(len(data.class_names), 255)
+        alone = ConfusionMatrixMetrics(len(data.class_names), 255)
         alone.update(prediction, label_map)
         scores.append(alone.compute().metrics["mIoU"])
     by_hand = metrics.compute(data.class_names)
@@ -288,7 +288,7 @@ def test_expansion_is_a_miss(loaded, data):
     options = {"expand": "coco", "templates": ["a photo of a {}."]}
     got = evaluate(model, processor, data, **options)
     segmenter = Segmenter(model, processor, data.class_names, **options)
-    metrics = SegmentationMetrics(len(data.class_names), 255)
+    metrics = ConfusionMatrixMetrics(len(data.class_names), 255)
     for image, label_map, _ in data:
         metrics.update(segmenter(image).label_map, label_map)
     by_hand = metrics.compute(data.class_names)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from scipy import ndimage
 
-from san_hf.evaluation import SegmentationMetrics, segmentation_metric
+from san_hf.evaluation import ConfusionMatrixMetrics, segmentation_metric
 from san_hf.evaluation.metrics import boundary_map
 from san_hf.evaluation.segmentation_metric import SegmentationMetric
 
@@ -28,7 +28,7 @@ def golden_maps(case):
 
 
 def golden_metrics(case):
-    return SegmentationMetrics(CASES[case]["num_classes"], CASES[case]["ignore_index"], boundary=case == "small")
+    return ConfusionMatrixMetrics(CASES[case]["num_classes"], CASES[case]["ignore_index"], boundary=case == "small")
 
 
 def count(metrics, pairs):
@@ -71,7 +71,7 @@ def test_definitions_by_hand():
     """
     label_map = torch.tensor([[0, 0, 0, 1, 1, 255]])
     prediction = torch.tensor([[0, 0, 2, 1, 0, 2]])
-    results = count(SegmentationMetrics(4, 255), [(prediction, label_map)]).compute()
+    results = count(ConfusionMatrixMetrics(4, 255), [(prediction, label_map)]).compute()
     assert results.metrics == pytest.approx(
         {
             "mIoU": 100 * (2 / 4 + 1 / 2) / 2,
@@ -91,9 +91,9 @@ def test_definitions_by_hand():
 def test_predictions_outside_of_the_labels_are_misses_only():
     """Catches a larger vocabulary whose other words are dropped from the ground truth or credited to a class."""
     label_map = torch.tensor([[0, 0, 1, 1]])
-    inside = count(SegmentationMetrics(3, 255), [(torch.tensor([[0, 2, 1, 1]]), label_map)]).compute()
+    inside = count(ConfusionMatrixMetrics(3, 255), [(torch.tensor([[0, 2, 1, 1]]), label_map)]).compute()
     for other in (3, 4, 100_000):
-        outside = count(SegmentationMetrics(3, 255), [(torch.tensor([[0, other, 1, 1]]), label_map)]).compute()
+        outside = count(ConfusionMatrixMetrics(3, 255), [(torch.tensor([[0, other, 1, 1]]), label_map)]).compute()
         assert [outside.per_class[0][key] for key in ("IoU", "ACC", "ground_truth")] == [50, 50, 2]
         assert outside.metrics["mIoU"] == inside.metrics["mIoU"] == 75
         # Predicted or not: the third class is only where it was predicted in its own name.
@@ -103,7 +103,7 @@ def test_predictions_outside_of_the_labels_are_misses_only():
 
 def test_nothing_labelled_is_nan():
     """Catches 0 or a division error where there is nothing to average."""
-    results = count(SegmentationMetrics(2, 255), [(torch.zeros(2, 2, dtype=int), torch.full((2, 2), 255))]).compute()
+    results = count(ConfusionMatrixMetrics(2, 255), [(torch.zeros(2, 2, dtype=int), torch.full((2, 2), 255))]).compute()
     assert all(math.isnan(value) for value in results.metrics.values())
     assert [row["predicted"] for row in results.per_class] == [0, 0]
 
@@ -113,7 +113,7 @@ def test_dtypes(dtype):
     """Catches overflow, and 65535 read as -1."""
     ignored = 255 if dtype == np.uint8 else 32767 if dtype == np.int16 else 65535
     label_map = np.array([[0, 1, ignored]], dtype=dtype)
-    results = count(SegmentationMetrics(200, ignored), [(np.array([[0, 1, 0]], dtype=dtype), label_map)]).compute()
+    results = count(ConfusionMatrixMetrics(200, ignored), [(np.array([[0, 1, 0]], dtype=dtype), label_map)]).compute()
     assert results.metrics["mIoU"] == 100 and results.per_class[0]["predicted"] == 1
 
 
@@ -143,11 +143,11 @@ def test_state_goes_on():
 
 def test_other_settings_do_not_mix():
     """Catches a sum over matrices of other classes."""
-    metrics = SegmentationMetrics(3, 255)
+    metrics = ConfusionMatrixMetrics(3, 255)
     for other, name in (
-        (SegmentationMetrics(4, 255), "num_labels"),
-        (SegmentationMetrics(3, 65535), "ignore_index"),
-        (SegmentationMetrics(3, 255, boundary=True), "boundary"),
+        (ConfusionMatrixMetrics(4, 255), "num_labels"),
+        (ConfusionMatrixMetrics(3, 65535), "ignore_index"),
+        (ConfusionMatrixMetrics(3, 255, boundary=True), "boundary"),
     ):
         with pytest.raises(ValueError, match=name):
             metrics.merge(other)
@@ -169,7 +169,7 @@ def test_other_settings_do_not_mix():
 )
 def test_wrong_maps(prediction, label_map, message):
     """Catches values that would count for another class, and images that are half counted."""
-    metrics = SegmentationMetrics(3, 255, boundary=True)
+    metrics = ConfusionMatrixMetrics(3, 255, boundary=True)
     with pytest.raises(ValueError, match=message):
         metrics.update(torch.tensor(prediction), torch.tensor(label_map))
     assert all(not counts.any() for counts in metrics.counts.values())
@@ -177,17 +177,17 @@ def test_wrong_maps(prediction, label_map, message):
 
 def test_wrong_settings():
     with pytest.raises(ValueError, match="255 is also one of the labels 0..299"):
-        SegmentationMetrics(300, 255)
+        ConfusionMatrixMetrics(300, 255)
     with pytest.raises(ValueError, match="at least 1"):
-        SegmentationMetrics(0, 255)
+        ConfusionMatrixMetrics(0, 255)
     with pytest.raises(ValueError, match="2 class names for 3 labels"):
-        SegmentationMetrics(3, 255).compute(["a", "b"])
+        ConfusionMatrixMetrics(3, 255).compute(["a", "b"])
 
 
 def test_classes_of_one_name_keep_their_figures():
     """Catches a later class that hides an earlier one."""
     label_map = torch.tensor([[0, 1, 1]])
-    flat = count(SegmentationMetrics(2, 255), [(torch.tensor([[0, 1, 0]]), label_map)]).compute(["x", "x"]).to_dict()
+    flat = count(ConfusionMatrixMetrics(2, 255), [(torch.tensor([[0, 1, 0]]), label_map)]).compute(["x", "x"]).to_dict()
     assert flat["IoU-x"] == flat["IoU-x (1)"] == 50 and flat["ACC-x"] == 100 and flat["ACC-x (1)"] == 50
 
 

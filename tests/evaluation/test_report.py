@@ -1,4 +1,4 @@
-"""Results as files and tables, and beside the published figures."""
+"""Results as files and tables, and beside the published results."""
 
 import csv
 import io
@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from san_hf.cli import app
 from san_hf.data.benchmarks import BENCHMARKS
-from san_hf.evaluation import SegmentationMetrics, read_results, write_results
+from san_hf.evaluation import ConfusionMatrixMetrics, read_results, write_results
 from san_hf.evaluation.published import PUBLISHED_MODELS, published_results, reasons_not_comparable
 from san_hf.vocabularies import load_vocabulary
 
@@ -19,7 +19,7 @@ from san_hf.vocabularies import load_vocabulary
 @pytest.fixture
 def results():
     """Over VOC's 20 classes: IoU of aeroplane 2/3, of bicycle 2/4; bird and tv are only predicted."""
-    metrics = SegmentationMetrics(20, 255)
+    metrics = ConfusionMatrixMetrics(20, 255)
     metrics.update(torch.tensor([[0, 0, 2, 1, 1, 0]]), torch.tensor([[0, 0, 0, 1, 255, 255]]))
     metrics.update(torch.tensor([[1]]), torch.tensor([[1]]))
     metrics.update(torch.tensor([[19, 19]]), torch.tensor([[1, 1]]))
@@ -97,7 +97,7 @@ def test_formats_agree(folder):
 
 def test_several_results(folder, results):
     """Catches results with boundaries beside some without, and a set for which nothing is published."""
-    metrics = SegmentationMetrics(2, 255, boundary=True)
+    metrics = ConfusionMatrixMetrics(2, 255, boundary=True)
     metrics.update(torch.zeros(4, 4, dtype=int), torch.zeros(4, 4, dtype=int))
     facts = {"model": "my-san", "dataset": "garden", "split": "validation", "settings": {}}
     write_results(folder / "garden", metrics.compute(["grass", "sky"]), **facts)
@@ -110,7 +110,7 @@ def test_several_results(folder, results):
 
 
 def test_published_results():
-    """Catches a benchmark that lost its figures, or figures of the other definition (PC-459's differ most)."""
+    """Catches a benchmark that lost its metrics, or figures of the other definition (PC-459's differ most)."""
     assert published_results("san-vit-b-16", "pascal-context-459") == {
         "mIoU": 16.71, "mIoU_over_present_or_predicted": 12.6, "fwIoU": 55.25, "mACC": 32.77, "pACC": 64.43
     }  # fmt: skip

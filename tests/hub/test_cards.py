@@ -42,7 +42,7 @@ def test_every_release_has_facts():
 
 
 def test_weights_nobody_compared():
-    """Catches published figures lent to other weights: in the text without a warning, or in the metadata at all."""
+    """Catches published results lent to other weights: in the text without a warning, or in the metadata at all."""
     card = render_card(load_facts("san-vit-b-16"), "mine", facts_are_of_these_weights=False)
     assert "> **The sizes are those of SAN ViT-B/16" in card.text and "was not checked" in card.text
     assert card.data.eval_results is None and "model-index" not in str(card)

@@ -61,7 +61,7 @@ def test_revisions_and_cache_folder(hub, tmp_path):
     for folder, commit in zip(folders, (new, old)):
         assert folder.is_relative_to(tmp_path / "cache" / "san_hf") and commit in str(folder)
     assert folders[0] != folders[1] and not (tmp_path / "hf_home" / "san_hf").exists()
-    # The file comes from the release's repository: the published figures are its own.
+    # The file comes from the release's repository: the published results are its own.
     card = (folders[0] / "README.md").read_text()
     assert "name: SAN ViT-B/16" in card and "value: 27.56" in card and "was not checked" not in card
 
