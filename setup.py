@@ -36,6 +36,7 @@ setup(
             "py.typed",
             "*.pyi",
             "*/*.pyi",
+            "README.md",
             "*/README.md",
             "checkpoints/**/*",
             "conversion/*.gz",

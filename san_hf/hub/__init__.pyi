@@ -1,4 +1,4 @@
-from .load import from_pretrained, load_model, resolve
+from .load import ModelError, from_pretrained, load_model, resolve
 from .push import push_to_hub, save_pretrained
 
-__all__ = ["from_pretrained", "load_model", "push_to_hub", "resolve", "save_pretrained"]
+__all__ = ["ModelError", "from_pretrained", "load_model", "push_to_hub", "resolve", "save_pretrained"]
