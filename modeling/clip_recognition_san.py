@@ -11,11 +11,12 @@ Shapes: B images, Q queries, W CLIP's width, Hc x Wc CLIP's grid, N = Hc * Wc, h
 """
 
 import copy
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, CLIPVisionModel
+from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
@@ -49,7 +50,8 @@ def recognition_attention_forward(
     Returns:
         (B, 1 + N + R, h, head_dim), and no weights.
     """
-    implementation = module.config.image_config._attn_implementation
+    deep_config = cast(CLIPVisionConfig, module.config)  # made by `hook_attention_bias`
+    implementation = deep_config.image_config._attn_implementation
     image_attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     if attention_mask is None:
         return image_attention(module, query, key, value, None, scaling=scaling, dropout=dropout, **kwargs)
@@ -93,11 +95,11 @@ def hook_attention_bias(vision_model: CLIPVisionModel, recognition_layer: int) -
     remembers the model's own (`image_config`), so that `set_attn_implementation` still decides how the image tokens
     attend, at any time.
     """
-    deep_config = copy.copy(vision_model.config)
+    deep_config: Any = copy.copy(vision_model.config)
     deep_config._attn_implementation = RECOGNITION_ATTENTION
     deep_config.image_config = vision_model.config
     for layer in vision_model.encoder.layers[recognition_layer:]:
-        layer.self_attn.config = deep_config
+        layer.get_submodule("self_attn").config = deep_config
 
 
 def encode_shallow(
@@ -116,7 +118,8 @@ def encode_shallow(
         last one's tokens (B, 1 + N, W), class token first.
     """
     embeddings = vision_model.embeddings
-    grid = tuple(side // embeddings.patch_size for side in pixel_values.shape[-2:])
+    patch_size = cast(int, embeddings.patch_size)
+    grid = tuple(side // patch_size for side in pixel_values.shape[-2:])
     hidden_states = vision_model.pre_layrnorm(embeddings(pixel_values, interpolate_pos_encoding=True))
     feature_maps = []
     for layer in (None, *vision_model.encoder.layers[:recognition_layer]):
@@ -173,10 +176,11 @@ def recognize(
     mask = torch.cat([attention_bias, itself.expand(*attention_bias.shape[:4], num_tokens)], dim=-1)
     masks = mask.to(hidden_states.dtype).unbind(1)  # n x (B, h or 1, R, N + R)
 
-    kwargs = {"recognition_attentions": []} if output_attentions else {}
+    recognition_attentions: list[torch.Tensor] = []
+    kwargs = {"recognition_attentions": recognition_attentions} if output_attentions else {}
     hidden_states = torch.cat([hidden_states, recognition_tokens], dim=1)
     for i, layer in enumerate(vision_model.encoder.layers[recognition_layer:]):
         # The mask goes by position: reentrant gradient checkpointing drops the gradients of keyword arguments.
         hidden_states = layer(hidden_states, masks[i % len(masks)], **kwargs)
     recognized = vision_model.post_layernorm(hidden_states[:, -num_tokens:])
-    return recognized, kwargs.get("recognition_attentions", [])
+    return recognized, recognition_attentions

@@ -5,6 +5,7 @@ Sizes are always (height, width), in pixels.
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import PIL.Image
@@ -57,12 +58,18 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
     opens the file; as everywhere in Transformers, a PIL image is taken as it is (see `PIL.ImageOps.exif_transpose`).
     """
 
+    if TYPE_CHECKING:  # of the backend
+        pad_size: SizeDict | None
+
+        rescale_and_normalize: Any
+        pad: Any
+
     valid_kwargs = SANImageProcessorKwargs
     model_input_names = ["pixel_values", "image_sizes"]
 
     do_convert_rgb = True
     do_resize = True
-    size = {"shortest_edge": 640, "longest_edge": 2560}
+    size: Any = {"shortest_edge": 640, "longest_edge": 2560}  # a `SizeDict` once it is built
     default_to_square = False
     resample = PILImageResampling.BILINEAR
     do_rescale = True
@@ -77,7 +84,7 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
     return_tensors = "pt"
 
     def __init__(self, **kwargs: Unpack[SANImageProcessorKwargs]):
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[misc]  # of the backend
 
     def preprocess(
         self,
@@ -108,7 +115,7 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
         Raises:
             ValueError: for whatever is not an image, or not of the kind described; the message says which one.
         """
-        return super().preprocess(images, segmentation_maps, **kwargs)
+        return super().preprocess(images, segmentation_maps, **kwargs)  # type: ignore[misc]  # of the backend
 
     def _preprocess_image_like_inputs(
         self,
@@ -137,36 +144,36 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
         if kwargs.get("do_center_crop"):
             raise ValueError("Got do_center_crop=True, but SAN segments whole images: crop them before the processor.")
         how = (do_convert_rgb, input_data_format, do_rescale, device)
-        images = [
+        arrays = [
             _attempt(f"image {index}", self.process_image, image, *how)
             for index, image in enumerate(_flatten(images, ndim=3))
         ]
-        if not images:
+        if not arrays:
             raise ValueError("Got no images, expected at least one.")
-        original_sizes = [_size_of(image) for image in images]
+        original_sizes = [_size_of(image) for image in arrays]
 
         if do_resize:
-            images = [self.resize(image, size, resample) for image in images]
-        image_sizes = [_size_of(image) for image in images]
-        padded_size = padded_size_of(image_sizes, size_divisor, pad_size)
+            arrays = [self.resize(image, size, resample) for image in arrays]
+        image_sizes = [_size_of(image) for image in arrays]
+        padded_height, padded_width = padded_size_of(image_sizes, size_divisor, pad_size)
 
         if do_rescale or do_normalize:
-            for image in images:
+            for image in arrays:
                 _check_channels(image, image_mean, image_std, do_normalize)
-            images = [
+            arrays = [
                 self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-                for image in images
+                for image in arrays
             ]
         if do_pad:
-            images = self.pad(images, pad_size=padded_size)
+            arrays = self.pad(arrays, pad_size=SizeDict(height=padded_height, width=padded_width))
         elif return_tensors is not None and len(set(image_sizes)) > 1:
             raise ValueError(f"Got images of different sizes {image_sizes} with do_pad=False: expected equal ones.")
-        data = {"pixel_values": images, "image_sizes": image_sizes}
+        data: dict[str, list] = {"pixel_values": arrays, "image_sizes": image_sizes}
 
         if segmentation_maps is not None:
             label_maps = list(_flatten(segmentation_maps, ndim=2))
-            if len(label_maps) != len(images):
-                raise ValueError(f"Got {len(label_maps)} segmentation maps for {len(images)} images, expected as many.")
+            if len(label_maps) != len(arrays):
+                raise ValueError(f"Got {len(label_maps)} segmentation maps for {len(arrays)} images, expected as many.")
             data["labels"] = []
             for index, label_map in enumerate(label_maps):
                 label_map = _attempt(f"segmentation map {index}", _to_labels, label_map, ignore_index)
@@ -178,10 +185,10 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
                 if do_reduce_labels:
                     label_map = np.where(np.isin(label_map, (0, ignore_index)), ignore_index, label_map - 1)
                 height, width = image_sizes[index]
-                label_map = PIL.Image.fromarray(label_map.astype(np.int32)).resize((width, height), PIL.Image.NEAREST)
-                label_map = np.asarray(label_map, dtype=np.int64)
+                resized = PIL.Image.fromarray(label_map.astype(np.int32))
+                label_map = np.asarray(resized.resize((width, height), PILImageResampling.NEAREST), dtype=np.int64)
                 if do_pad:
-                    padding = (0, padded_size.height - height), (0, padded_size.width - width)
+                    padding = (0, padded_height - height), (0, padded_width - width)
                     label_map = np.pad(label_map, padding, constant_values=ignore_index)
                 data["labels"].append(label_map)
 
@@ -211,9 +218,8 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
             raise ValueError(f"got the shape {image.shape}, expected (H, W), (H, W, C) or (C, H, W), none of them 0")
         if image.ndim == 2:
             image = image[None]
-        else:
-            if (input_data_format or _infer_format(image.shape)) == ChannelDimension.LAST:
-                image = np.moveaxis(image, -1, 0)
+        elif (input_data_format or _infer_format(image.shape)) == ChannelDimension.LAST:
+            image = np.moveaxis(image, -1, 0)
 
         image = _to_8_bits(image, keep_floats=not do_rescale)
         if do_convert_rgb:
@@ -229,19 +235,19 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
 
     def padded_size(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
         """The (height, width) that a batch of images of these sizes, once resized, is padded to."""
-        size_divisor, pad_size = (self.size_divisor, self.pad_size) if self.do_pad else (None, None)
-        padded = padded_size_of(sizes, size_divisor, pad_size)
-        return padded.height, padded.width
+        return padded_size_of(sizes, *((self.size_divisor, self.pad_size) if self.do_pad else (None, None)))
 
     def resize(
         self, image: "np.ndarray | torch.Tensor", size: SizeDict, resample: PILImageResampling | None = None, **kwargs
     ) -> "np.ndarray | torch.Tensor":
         """Resizes a (C, H, W) image by the rule of `size`; see the class."""
         height, width = resized_size(_size_of(image), size)
-        return super().resize(image, SizeDict(height=height, width=width), resample, **kwargs)
+        size = SizeDict(height=height, width=width)
+        return super().resize(image, size, resample, **kwargs)  # type: ignore[misc]  # of the backend
 
 
-class SANImageProcessorPil(_SANImageProcessing, PilBackend):
+# Transformers declares what subclasses change with narrower types than it takes.
+class SANImageProcessorPil(_SANImageProcessing, PilBackend):  # type: ignore[misc]
     __doc__ = f"Image processor of SAN, on PIL and NumPy.\n{_SANImageProcessing.__doc__}"
 
     def rescale_and_normalize(
@@ -264,10 +270,10 @@ class SANImageProcessorPil(_SANImageProcessing, PilBackend):
 
 if is_torchvision_available():
 
-    class SANImageProcessor(_SANImageProcessing, TorchvisionBackend):
+    class SANImageProcessor(_SANImageProcessing, TorchvisionBackend):  # type: ignore[misc]
         __doc__ = f"Image processor of SAN, on torchvision, on any device.\n{_SANImageProcessing.__doc__}"
 
-        def process_image(
+        def process_image(  # type: ignore[override]  # a tensor where the other backend has an array
             self,
             image,
             do_convert_rgb: bool | None = None,
@@ -282,11 +288,11 @@ if is_torchvision_available():
 
 else:
 
-    class SANImageProcessor(SANImageProcessorPil):
-        __doc__ = SANImageProcessorPil.__doc__
+    class SANImageProcessor(SANImageProcessorPil):  # type: ignore[no-redef]  # one of the two
+        __doc__ = SANImageProcessorPil.__doc__  # type: ignore[assignment]
 
     # One class under both names, so that it does not matter by which of them an Auto class finds it
-    SANImageProcessorPil = SANImageProcessor
+    SANImageProcessorPil = SANImageProcessor  # type: ignore[misc, assignment]
 
 
 def _flatten(items, ndim: int) -> Iterator:
@@ -399,7 +405,7 @@ def _describe(value) -> str:
 
 
 def _size_of(image: "np.ndarray | torch.Tensor") -> tuple[int, int]:
-    return tuple(image.shape[-2:])
+    return image.shape[-2], image.shape[-1]
 
 
 def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
@@ -420,13 +426,15 @@ def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]
     return height, width
 
 
-def padded_size_of(image_sizes: list[tuple[int, int]], size_divisor: int | None, pad_size: SizeDict | None) -> SizeDict:
-    """The size a batch is padded to: `pad_size` if there is one, else the largest sides, rounded up to the divisor."""
+def padded_size_of(
+    image_sizes: list[tuple[int, int]], size_divisor: int | None, pad_size: SizeDict | None
+) -> tuple[int, int]:
+    """The (height, width) a batch is padded to: `pad_size`, or the largest sides, rounded up to the divisor."""
     if pad_size is not None:
-        return pad_size
+        return cast(tuple[int, int], (pad_size.height, pad_size.width))
     divisor = size_divisor or 1
     height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*image_sizes))
-    return SizeDict(height=height, width=width)
+    return height, width
 
 
 def _check_channels(image, image_mean, image_std, do_normalize: bool):

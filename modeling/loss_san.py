@@ -54,7 +54,10 @@ class SegmentationCriterion(Mask2FormerLoss):
     DistributedDataParallel, of their gradients) is that of one process with the batches of all.
     """
 
-    def get_num_masks(self, class_labels: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    # The parent's `class_labels: torch.Tensor` are a list, too.
+    def get_num_masks(  # type: ignore[override]
+        self, class_labels: list[torch.Tensor], device: torch.device
+    ) -> torch.Tensor:
         """Masks of a process, on average, but at least 1. (The parent divides by the number of processes twice.)"""
         num_masks = torch.as_tensor(sum(map(len, class_labels)), dtype=torch.float, device=device)
         return mean_over_processes(num_masks).clamp(min=1)
@@ -66,8 +69,11 @@ class SegmentationCriterion(Mask2FormerLoss):
             return losses
         num_queries = class_queries_logits.shape[0] * class_queries_logits.shape[1]
         num_matched = sum(len(queries) for queries, _ in indices)
-        weight = num_matched + self.eos_coef * (num_queries - num_matched)
-        weight = torch.as_tensor(weight, dtype=torch.float, device=class_queries_logits.device)
+        weight = torch.as_tensor(
+            num_matched + self.eos_coef * (num_queries - num_matched),
+            dtype=torch.float,
+            device=class_queries_logits.device,
+        )
         return {name: loss * (weight / mean_over_processes(weight)) for name, loss in losses.items()}
 
 
@@ -136,7 +142,7 @@ def mask_classification_loss(
     device = predictions[-1][0].device
     criterion = SegmentationCriterion(
         # The criterion wants a Mask2FormerConfig, but the number of classes is the caller's, call by call.
-        SimpleNamespace(
+        SimpleNamespace(  # type: ignore[arg-type]
             num_labels=num_labels,
             no_object_weight=config.no_object_weight,
             class_weight=config.class_weight,

@@ -10,11 +10,12 @@ vision heads; Ca the side adapter's width, Hs x Ws its grid; n bias layers.
 import math
 import os
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, PreTrainedModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -65,7 +66,7 @@ class SANModelOutput(ModelOutput):
     image_sizes: torch.Tensor | None = None
     auxiliary_masks_queries_logits: tuple[torch.Tensor, ...] | None = None
     auxiliary_mask_embeds: tuple[torch.Tensor, ...] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
     clip_feature_maps: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     recognition_attentions: tuple[torch.Tensor, ...] | None = None
@@ -104,14 +105,14 @@ class SANForSemanticSegmentationOutput(ModelOutput):
     attention_bias: torch.Tensor | None = None
     image_sizes: torch.Tensor | None = None
     auxiliary_logits: list[dict[str, torch.Tensor]] | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor | None, ...] | None = None
     clip_feature_maps: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     recognition_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def select_hidden_states(
-    hidden_states: list[torch.Tensor], selection: bool | int | list[int]
+    hidden_states: list[torch.Tensor], selection: bool | int | list[int] | None
 ) -> tuple[torch.Tensor | None, ...] | None:
     """What `output_hidden_states` asks for: all of them, or, by index, some, the others being None."""
     if selection is None or selection is False:
@@ -127,10 +128,11 @@ def select_hidden_states(
 class SANPreTrainedModel(PreTrainedModel):
     """Initialisation, loading and freezing shared by the SAN models."""
 
+    config: SANConfig
     config_class = SANConfig
     base_model_prefix = "model"
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities: tuple[str, ...] = ("image", "text")  # type: ignore[assignment]  # given as a list or a tuple
     supports_gradient_checkpointing = True
     _no_split_modules = ["CLIPEncoderLayer", "CLIPTextEmbeddings", "CLIPVisionEmbeddings", "SideAdapter", "MaskDecoder"]
     _supports_sdpa = True
@@ -151,10 +153,10 @@ class SANPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, SANModel):
             if module.recognition_tokens is not None:
-                init.normal_(module.recognition_tokens, std=self.config.clip_config.vision_config.hidden_size**-0.5)
+                init.normal_(module.recognition_tokens, std=self.config.clip_vision_config.hidden_size**-0.5)
         elif isinstance(module, SANForSemanticSegmentation):
-            init.constant_(module.logit_scale, self.config.clip_config.logit_scale_init_value)
-            init.normal_(module.no_object_embed, std=self.config.clip_config.projection_dim**-0.5)
+            init.constant_(module.logit_scale, self.config.clip_logit_scale)
+            init.normal_(module.no_object_embed, std=self.config.clip_embed_dim**-0.5)
             if module.class_embeds is not None:
                 init.zeros_(module.class_embeds)
 
@@ -181,16 +183,16 @@ class SANPreTrainedModel(PreTrainedModel):
             if self.is_clip_parameter(name) and not name.endswith("vision_model.embeddings.position_embedding.weight"):
                 parameter.requires_grad_(False)
 
-    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
         """[`PreTrainedModel.set_attn_implementation`]; CLIP's towers are reached under the key `"clip_config"`."""
         if not isinstance(attn_implementation, dict):
             # This model alone first: it checks the name before anything is changed.
-            super().set_attn_implementation({"": attn_implementation}, **kwargs)
+            super().set_attn_implementation({"": attn_implementation}, *args, **kwargs)
             attn_implementation = dict.fromkeys(["", *self.config.sub_configs], self.config._attn_implementation)
         # Not each of CLIP's configurations has a module here, and transformers warns when it changes one without.
         if "clip_config" in attn_implementation:
-            self.config.clip_config._attn_implementation = attn_implementation["clip_config"]
-        super().set_attn_implementation(attn_implementation, **kwargs)
+            cast(CLIPConfig, self.config.clip_config)._attn_implementation = attn_implementation["clip_config"]
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @staticmethod
     def is_clip_parameter(name: str) -> bool:
@@ -206,10 +208,10 @@ class SANPreTrainedModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """CLIP's patch convolution: the first of CLIP's layers that an image meets."""
-        return self.base_model.vision_model.embeddings.patch_embedding
+        return self.base_model.get_submodule("vision_model.embeddings.patch_embedding")
 
     def set_input_embeddings(self, value: nn.Module):
-        self.base_model.vision_model.embeddings.patch_embedding = value
+        self.base_model.get_submodule("vision_model.embeddings").patch_embedding = value
 
 
 class SANModel(SANPreTrainedModel):
@@ -224,10 +226,10 @@ class SANModel(SANPreTrainedModel):
 
     def __init__(self, config: SANConfig):
         super().__init__(config)
-        vision_config = config.clip_config.vision_config
+        vision_config = config.clip_vision_config
         self.vision_model = CLIPVisionModel._from_config(vision_config)
         hook_attention_bias(self.vision_model, config.recognition_layer)
-        self.visual_projection = nn.Linear(vision_config.hidden_size, config.clip_config.projection_dim, bias=False)
+        self.visual_projection = nn.Linear(vision_config.hidden_size, config.clip_embed_dim, bias=False)
         self.side_adapter = SideAdapter(config)
         self.mask_decoder = MaskDecoder(config)
         self.recognition_tokens = (
@@ -251,7 +253,7 @@ class SANModel(SANPreTrainedModel):
                 "makes them of an image."
             )
         scale = float(self.config.clip_image_scale)
-        patch_size = self.config.clip_config.vision_config.patch_size
+        patch_size = cast(int, self.config.clip_vision_config.patch_size)
         height, width = (math.floor(side * scale) for side in pixel_values.shape[-2:])
         if min(height, width) < patch_size or min(pixel_values.shape[-2:]) < self.config.patch_size:
             raise ValueError(
@@ -272,7 +274,7 @@ class SANModel(SANPreTrainedModel):
         start = self.config.recognition_token
         if start == "class":
             return class_token.expand(batch_size, self.config.num_queries, width)
-        learned = self.recognition_tokens.expand(batch_size, -1, -1)
+        learned = cast(nn.Parameter, self.recognition_tokens).expand(batch_size, -1, -1)
         return learned if start == "learned" else learned + class_token
 
     @can_return_tuple
@@ -323,7 +325,7 @@ class SANModel(SANPreTrainedModel):
 
         # Mask recognition in deep CLIP: recognition tokens (the paper's [SLS]) steered by the biases; one pass for all
         # supervised layers.
-        clip_grid = tuple(clip_feature_maps[0].shape[-2:])
+        clip_grid = (clip_feature_maps[0].shape[-2], clip_feature_maps[0].shape[-1])
         pooled = [pool_attention_bias(bias, clip_grid, config.bias_pooling) for bias in attention_biases]
         recognition_tokens = self.start_recognition_tokens(clip_tokens[:, :1])
         recognized, recognition_attentions = recognize(
@@ -362,14 +364,14 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
 
     def __init__(self, config: SANConfig):
         super().__init__(config)
-        clip_config = config.clip_config
+        text_config, embed_dim = config.clip_text_config, config.clip_embed_dim
         self.model = SANModel(config)
-        self.text_model = CLIPTextModel._from_config(clip_config.text_config)
-        self.text_projection = nn.Linear(clip_config.text_config.hidden_size, clip_config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(float(clip_config.logit_scale_init_value)))
-        self.no_object_embed = nn.Parameter(torch.empty(1, clip_config.projection_dim))
+        self.text_model = CLIPTextModel._from_config(text_config)
+        self.text_projection = nn.Linear(text_config.hidden_size, embed_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(config.clip_logit_scale))
+        self.no_object_embed = nn.Parameter(torch.empty(1, embed_dim))
         # Registered even while there is no vocabulary: a plain None would keep set_vocabulary from making it a buffer.
-        carried = torch.zeros(config.vocabulary_size, clip_config.projection_dim) if config.vocabulary_size else None
+        carried = torch.zeros(config.vocabulary_size, embed_dim) if config.vocabulary_size else None
         self.register_buffer("class_embeds", carried)
         self.post_init()
         self.freeze_clip()
@@ -392,7 +394,7 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         names = set(SANConfig.__dataclass_fields__)
         adapter = {name: overrides.pop(name) for name in list(overrides) if name in names and name != "dtype"}
         clip = CLIPModel.from_pretrained(pretrained_model_name_or_path, **overrides)
-        vision_config = clip.config.vision_config
+        vision_config = cast(CLIPVisionConfig, clip.config.vision_config)
         recognition_layer = adapter.setdefault("recognition_layer", vision_config.num_hidden_layers * 3 // 4)
         adapter.setdefault("fusion_layers", [[round(recognition_layer * i / 3), i] for i in range(4)])
         # With patches of 14 pixels, 0.7 of 640 pixels is a whole number of them.
@@ -429,7 +431,7 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         Raises:
             ValueError: `input_ids` has another shape or dtype, is longer than CLIP's context or holds other ids.
         """
-        text_config = self.config.clip_config.text_config
+        text_config = self.config.clip_text_config
         context, vocab_size = text_config.max_position_embeddings, text_config.vocab_size
         if input_ids.dim() != 3 or input_ids.is_floating_point() or not 0 < input_ids.shape[2] <= context:
             raise ValueError(
@@ -475,8 +477,9 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         """
         if (input_ids is None) == (class_embeds is None):
             raise ValueError("set_vocabulary needs either input_ids or class_embeds (and not both).")
-        if class_embeds is None:
+        if input_ids is not None:
             class_embeds = self.get_class_embeds(input_ids.to(self.device), attention_mask)
+        class_embeds = cast(torch.Tensor, class_embeds)
         self._check_class_embeds(class_embeds)
         if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
             raise ValueError(f"class_names must be a list of strings, got {class_names!r}.")
@@ -491,7 +494,7 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         self.config.label2id = {name: i for i, name in enumerate(class_names)}
 
     def _check_class_embeds(self, class_embeds: torch.Tensor) -> None:
-        width = self.config.clip_config.projection_dim
+        width = self.config.clip_embed_dim
         if class_embeds.dim() != 2 or class_embeds.shape[0] == 0 or class_embeds.shape[1] != width:
             raise ValueError(
                 f"class_embeds must be of shape (classes, {width}) with at least one class, got "
@@ -589,13 +592,12 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
             raise ValueError("Got both labels and mask_labels/class_labels. Pass one or the other.")
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("mask_labels and class_labels go together; got only one of them.")
-        supervise = labels is not None or mask_labels is not None
 
         # Masks (B, Q, Hs, Ws) and what CLIP recognises in them (B, Q, D).
         outputs = self.model(
             pixel_values,
             image_sizes=image_sizes,
-            output_auxiliary_logits=supervise or output_auxiliary_logits,
+            output_auxiliary_logits=labels is not None or mask_labels is not None or output_auxiliary_logits,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_clip_feature_maps=output_clip_feature_maps,
@@ -611,15 +613,15 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         ]
 
         loss, loss_dict = None, None
-        if supervise:
-            if labels is not None:
-                mask_labels, class_labels = split_semantic_map(
-                    labels, classifier.shape[0] - 1, self.config.semantic_loss_ignore_index
-                )
+        if labels is not None:
+            mask_labels, class_labels = split_semantic_map(
+                labels, classifier.shape[0] - 1, self.config.semantic_loss_ignore_index
+            )
+        if mask_labels is not None and class_labels is not None:
             predictions = [(layer["masks_queries_logits"], layer["class_queries_logits"]) for layer in auxiliary]
             predictions.append((outputs.masks_queries_logits, class_queries_logits))
             loss_dict = mask_classification_loss(predictions, mask_labels, class_labels, self.config)
-            loss = sum(loss_dict.values())
+            loss = cast(torch.Tensor, sum(loss_dict.values()))
 
         return SANForSemanticSegmentationOutput(
             loss=loss,

@@ -7,6 +7,7 @@ Shapes: Q queries, C classes, h x w the masks' grid, H x W the label map. Sizes 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -252,7 +253,7 @@ class SemanticSegmentationPostProcessing:
         sizes_in_model = self._sizes_in_model(image_sizes, target_sizes, mask_size)
         image_sizes, padded_size = sizes_in_model or ([mask_size] * batch_size, mask_size)
 
-        results = []
+        results: list[Any] = []
         for index, (image_size, target_size) in enumerate(zip(image_sizes, target_sizes or image_sizes)):
             try:
                 prediction = MaskPrediction.from_logits(

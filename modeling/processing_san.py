@@ -1,11 +1,12 @@
 """Processor of SAN: an image and class names in plain words, made into what the model takes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
 from .prompts_san import split_templates
@@ -15,7 +16,8 @@ logger = logging.get_logger(__name__)
 
 
 class SANProcessorKwargs(ProcessingKwargs, total=False):
-    _defaults = {
+    # The parent reads it off the class, as its other subclasses have it; a TypedDict may only declare fields.
+    _defaults = {  # type: ignore[misc]
         # To the longest prompt: CLIP's text tower is causal, so that padding changes nothing but the time it takes.
         "text_kwargs": {"padding": True, "truncation": True},
         "common_kwargs": {"return_tensors": "pt"},
@@ -60,7 +62,7 @@ class SANProcessor(ProcessorMixin):
         segmentation_maps: ImageInput | None = None,
         expansion: Sequence[str] | None = None,
         prompt_templates: str | Sequence[str] | None = None,
-        **kwargs: Unpack[SANProcessorKwargs],
+        **kwargs: Any,
     ) -> BatchFeature:
         r"""
         Prepares images, class names, or both.
@@ -98,10 +100,14 @@ class SANProcessor(ProcessorMixin):
             raise ValueError("Got segmentation maps without images, expected an image for each.")
         if text is None and expansion is not None:
             raise ValueError("Got an expansion without text, expected the class names it is to be added to.")
-        merged = self._merge_kwargs(SANProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        merged = self._merge_kwargs(
+            SANProcessorKwargs,  # type: ignore[arg-type]  # annotated as an instance, meant as the class
+            tokenizer_init_kwargs=self.tokenizer.init_kwargs,
+            **kwargs,
+        )
         return_tensors = merged["text_kwargs"].pop("return_tensors", None)
 
-        data = {}
+        data: dict[str, Any] = {}
         if text is not None:
             names = _check_names(text, "text")
             every_name = names if expansion is None else self.expand(names, expansion)
@@ -162,7 +168,7 @@ def _check_names(names: Sequence[str], what: str) -> list[str]:
     names = list(names)
     if not names:
         raise ValueError(f"Got an empty {what}, expected at least one class name.")
-    first = {}
+    first: dict[str, int] = {}
     for index, name in enumerate(names):
         if not isinstance(name, str):
             raise ValueError(f"Got {name!r:.80} at position {index} of {what}, expected a class name as a string.")

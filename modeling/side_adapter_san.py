@@ -96,7 +96,7 @@ class SideAdapterFusion(nn.Module):
 
     def __init__(self, config: SANConfig):
         super().__init__()
-        clip_width = config.clip_config.vision_config.hidden_size
+        clip_width = config.clip_vision_config.hidden_size
         self.norm = nn.LayerNorm(clip_width, eps=config.layer_norm_eps)
         self.proj = nn.Linear(clip_width, config.hidden_size)
 
@@ -129,7 +129,7 @@ class SideAdapter(nn.Module):
 
     def embed_positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings of the queries and of the patches on `grid`: (1, Q + Hs * Ws, Ca)."""
-        patches = self.position_embeddings
+        patches: torch.Tensor = self.position_embeddings
         if grid != (self.position_grid, self.position_grid):
             # (1, N, Ca) -> (1, Ca, side, side) -> (1, Ca, Hs, Ws) -> (1, Hs * Ws, Ca)
             square = patches.transpose(1, 2).unflatten(2, (self.position_grid, self.position_grid))
@@ -217,7 +217,7 @@ class MaskDecoder(nn.Module):
         super().__init__()
         self.num_queries = config.num_queries
         self.num_bias_layers = config.num_bias_layers
-        self.num_bias_heads = config.num_bias_heads or config.clip_config.vision_config.num_attention_heads
+        self.num_bias_heads = config.num_bias_heads or config.clip_vision_config.num_attention_heads
         dim, hidden_dim, num_layers = config.mask_embed_dim, config.decoder_hidden_size, config.decoder_num_layers
         self.query_mlp = MaskDecoderMLP(config.hidden_size, hidden_dim, dim, num_layers)
         self.pixel_mlp = MaskDecoderMLP(config.hidden_size, hidden_dim, dim, num_layers)

@@ -142,8 +142,7 @@ def export_checkpoint(
             "The original's layout has no place for the %d class names the model carries: they are left out.",
             model.config.vocabulary_size,
         )
-    config: SANConfig = model.config  # type: ignore[assignment]  # Transformers declares its own class
-    original = export_state_dict(model.state_dict(), config)
+    original = export_state_dict(model.state_dict(), model.config)
     original[EMPTY_WEIGHT] = torch.ones(num_classes + 1)
     original[EMPTY_WEIGHT][-1] = model.config.no_object_weight
     context = model.config.clip_text_config.max_position_embeddings
