@@ -79,7 +79,8 @@ setup(
             "tensorboard>=2.18",
             "wandb>=0.22",
         ],
-        "lint": ["ruff>=0.9"],
+        "lint": ["mypy>=1.15", "ruff>=0.9", "types-PyYAML>=6.0"],
+        "coverage": ["coverage>=7.10"],
     },
     entry_points={"console_scripts": ["san-hf = san_hf.cli:app"]},
 )
