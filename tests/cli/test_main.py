@@ -49,7 +49,13 @@ print(json.dumps(loaded))
 
 
 @pytest.mark.parametrize(
-    "first", ["import san_hf", "import transformers, san_hf", "import san_hf.modeling", "import san_hf.data.loading"]
+    "first",
+    [
+        "import san_hf",
+        pytest.param("import transformers, san_hf", marks=pytest.mark.slow),
+        pytest.param("import san_hf.modeling", marks=pytest.mark.slow),
+        "import san_hf.data.loading",
+    ],
 )
 def test_auto_classes_find_the_package(first):
     """Catches a registration that comes too late, or not at all, whatever is imported first."""
