@@ -50,10 +50,10 @@ setup(
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",
-        "accelerate>=1.2.1",
+        "accelerate>=1.7",
         "datasets>=4.0",
         "evaluate>=0.4.3",
-        "filelock>=3.15",
+        "filelock>=3.16",
         "huggingface_hub>=1.31",
         "jinja2>=3.1",
         "lazy_loader>=0.4",
@@ -65,7 +65,7 @@ setup(
         "rich>=13.7",
         "safetensors>=0.8",
         "scipy>=1.13",
-        "typer>=0.15",
+        "typer>=0.16",
     ],
     extras_require={
         "tracking": ["tensorboard>=2.18", "wandb>=0.22"],
