@@ -31,7 +31,7 @@ help:
 
 setup: $(READY)
 
-# A new setup.py or new pins install again into the same environment; one that no longer runs is made anew.
+# A new setup.py or new pins install again into the same environment; one that no longer runs is replaced.
 $(READY): setup.py pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { $(FIND_PYTHON); \
 		echo "Making $(VENV) with $$("$$python" --version)"; "$$python" -m venv --clear $(VENV); }

@@ -143,9 +143,9 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
     ) -> BatchFeature:
         if kwargs.get("do_center_crop"):
             raise ValueError("Got do_center_crop=True, but SAN segments whole images: crop them before the processor.")
-        how = (do_convert_rgb, input_data_format, do_rescale, device)
+        options = (do_convert_rgb, input_data_format, do_rescale, device)
         arrays = [
-            _attempt(f"image {index}", self.process_image, image, *how)
+            _attempt(f"image {index}", self.process_image, image, *options)
             for index, image in enumerate(_flatten(images, ndim=3))
         ]
         if not arrays:

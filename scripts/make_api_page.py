@@ -11,7 +11,7 @@ from san_hf.files import write_file
 
 
 PAGE = Path(__file__).resolve().parents[1] / "san_hf" / "README.md"
-# In the order of an image's way: the front door first, then the model, inference, data, training, evaluation.
+# In the order of an image's way: the package itself first, then the model, inference, data, training, evaluation.
 PACKAGES = (
     "san_hf",
     "san_hf.modeling",

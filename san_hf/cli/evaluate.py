@@ -116,7 +116,7 @@ def evaluate(
         raise ValueError(f"--compare-with is the model itself, {model!r}: expected another one.")
     quiet_libraries()
     accelerator = join_processes(device)
-    how_to_read = {
+    reading_options = {
         "image_column": image_column,
         "label_column": label_column,
         "class_names": classes,
@@ -144,7 +144,7 @@ def evaluate(
         pictures=pictures,
         predictions=predictions,
     )
-    all_data = load_data(find_datasets(sources, data_root), split, how_to_read)
+    all_data = load_data(find_datasets(sources, data_root), split, reading_options)
     folders = prepare_folders([data.name for data in all_data], output, resume, overwrite, accelerator)
     models = load_models([model, *([compare_with] if compare_with else [])], device, dtype.value, accelerator)
     for data, folder in zip(all_data, folders):
@@ -270,10 +270,10 @@ def join_processes(device: str) -> "Accelerator | None":
     return Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision="no")
 
 
-def load_data(sources: Sequence[str], split: str, how_to_read: dict[str, Any]) -> "list[SegmentationDataset]":
+def load_data(sources: Sequence[str], split: str, reading_options: dict[str, Any]) -> "list[SegmentationDataset]":
     from san_hf.data import load_segmentation_dataset
 
-    return [load_segmentation_dataset(source, split, **how_to_read) for source in sources]
+    return [load_segmentation_dataset(source, split, **reading_options) for source in sources]
 
 
 def load_models(names: Sequence[str], device: str, dtype: str, accelerator: "Accelerator | None") -> "Models":

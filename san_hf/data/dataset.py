@@ -68,9 +68,9 @@ class SegmentationDataset:
             DataError: one of the two is missing or can't be decoded, their sizes differ, or a label is none of the
                 classes.
         """
-        place = f"{self.split}[{index}]"
-        name = _file_name(row) or place
-        where = f"{self.name}: {name}" + (f" ({place})" if name != place else "")
+        position = f"{self.split}[{index}]"
+        name = _file_name(row) or position
+        where = f"{self.name}: {name}" + (f" ({position})" if name != position else "")
         try:
             image = to_rgb(_decode(row["image"]))
         # A broken file makes Pillow's readers fail in many ways: OSError, SyntaxError, struct.error, IndexError, ...

@@ -1,4 +1,4 @@
-"""Models by name: the released checkpoints, converted once and kept; and models of one's own on the Hub."""
+"""Models by name: the released checkpoints, converted once and kept; and your own models on the Hub."""
 
 import lazy_loader
 

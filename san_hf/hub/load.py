@@ -40,7 +40,7 @@ def resolve(
         local_files_only: use what was downloaded before, and no network (so does the variable HF_HUB_OFFLINE).
 
     Raises:
-        OSError: the file can't be had: no network and nothing cached, no such revision, no access.
+        OSError: the file can't be downloaded: no network and nothing cached, no such revision, no access.
         san_hf.conversion.ConversionError: it isn't the checkpoint it should be.
     """
     name = os.fspath(name_or_path)
@@ -129,8 +129,8 @@ def _converted(release: Release, cache_dir, revision, token, local_files_only) -
         raise OSError(
             f"'{release.name}' stands for {release.filename} of {constants.ENDPOINT}/{HUB_REPO}"
             + (f" at revision {revision!r}" if revision else "")
-            + f", which could not be had: {reason} Check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT), or get the "
-            "file another way, convert it with `san-hf convert FILE FOLDER`, and give that folder."
+            + f", which could not be downloaded: {reason} Check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT), or "
+            "get the file another way, convert it with `san-hf convert FILE FOLDER`, and give that folder."
         ) from error
     # The cache keeps each commit's files in a folder of the commit's name. Another version of this package may convert
     # differently, and brings other code for the folder.

@@ -19,7 +19,7 @@ def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANFo
         data: gives class names and the ignore index.
 
     Raises:
-        ConfigError: the model can't be had or built as the configuration says.
+        ConfigError: the model can't be loaded or built as the configuration says.
     """
     start = section.checkpoint or section.clip or ""
     fields = {**section.san_config, "freeze_clip": section.freeze_clip}

@@ -106,17 +106,17 @@ def test_out_of_reach(connect, offline, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # it tries several times
     with pytest.raises(OSError, match=f"'{ALIAS}' stands for san_vit_b_16.pth of {NOBODY}/{HUB_REPO}") as caught:
         resolve(ALIAS)
-    assert "could not be had" in str(caught.value) and "san-hf convert" in str(caught.value)
+    assert "could not be downloaded" in str(caught.value) and "san-hf convert" in str(caught.value)
 
 
 def test_no_such_revision_file_or_repository(hub):
     """As above, for what the Hub doesn't have."""
-    with pytest.raises(OSError, match="at revision 'v9', which could not be had: .*404"):
+    with pytest.raises(OSError, match="at revision 'v9', which could not be downloaded: .*404"):
         resolve(ALIAS, revision="v9")
     with pytest.raises(OSError, match="'san-vit-large-14' stands for san_vit_large_14.pth.*404"):
         resolve("san-vit-large-14")
     del hub.repositories[HUB_REPO]
-    with pytest.raises(OSError, match="could not be had: .*404"):
+    with pytest.raises(OSError, match="could not be downloaded: .*404"):
         resolve(ALIAS)
 
 

@@ -1,4 +1,4 @@
-"""The house's own rules: sizes, names that stay at home, one way to write files, and imports that go downwards."""
+"""The house's own rules: sizes, private names, one way to write files, and imports that go downwards."""
 
 import ast
 import re
@@ -79,7 +79,7 @@ def test_sizes(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_private_names_stay_at_home(path):
+def test_private_names_stay_private(path):
     """Catches a module that uses what another one calls its own."""
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("san_hf")):
@@ -89,7 +89,7 @@ def test_private_names_stay_at_home(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_nobody_imports_the_package_itself(path):
-    """Catches `import san_hf` inside the package, which makes its front door part of every room."""
+    """Catches `import san_hf` inside the package, a circle through the package's own `__init__`."""
     if path.parts[len(ROOT.parts)] == "scripts":
         return
     for node in ast.walk(TREES[path]):
