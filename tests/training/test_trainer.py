@@ -289,7 +289,7 @@ def test_names_a_broken_image(folder, tmp_path, workers):
 @pytest.mark.slow
 def test_benchmark():
     """The training benchmark's own command, recipe and log keys: they belong to other files, and may move away."""
-    command = [sys.executable, str(SCRIPT.with_name("benchmark_training.py")), "--tiny"]
+    command = [sys.executable, str(SCRIPT.parent / "benchmarks" / "training.py"), "--tiny"]
     command += ["--steps", "3", "--warmup", "1", "--batch-size", "2", "--workers", "1"]
     environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
