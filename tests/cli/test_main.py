@@ -54,7 +54,7 @@ print(json.dumps(loaded))
         "import san_hf",
         pytest.param("import transformers, san_hf", marks=pytest.mark.slow),
         pytest.param("import san_hf.modeling", marks=pytest.mark.slow),
-        "import san_hf.data.loading",
+        pytest.param("import san_hf.data.loading", marks=pytest.mark.slow),
     ],
 )
 def test_auto_classes_find_the_package(first):
