@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from san_hf.cli.console import explain, fail, quiet_libraries, show
+from san_hf.cli.console import explain, fail, quiet_libraries, show, show_error
 from san_hf.cli.options import (
     DeviceOption,
     ExpandOption,
@@ -126,7 +126,7 @@ def segment_one(segmenter: "Segmenter", path: Path, stem: Path, formats: list[st
         segmentation = segmenter(path)
         files = segmentation.save(stem, formats, image=printable(path), model=model)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        show(f"Error: {printable(path)}: {explain(error)}", error=True)
+        show_error(error, f"{printable(path)}: {explain(error)}")
         return False
     show(f"{printable(path)} -> {', '.join(map(printable, files))}")
     print_legend(segmentation, short)

@@ -513,3 +513,13 @@ def test_threshold(run, photo):
     run("photo.png", "-f", "json", "-o", "none", "--threshold", "0")
     assert json.loads(Path("none/photo.json").read_text())["classes"][-1]["pixels"] == 0
     run("photo.png", "-o", "bad", "--threshold", "2", status=2)
+
+
+def test_debug_shows_what_is_wrong_with_an_image(model_folder, tmp_path, monkeypatch):
+    """Catches an image's error that stays one line although its stack trace was asked for."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["segment", "nothing.png", "--classes", "cat", "--model", str(model_folder)]
+    plain, debug = (CliRunner().invoke(app, [*options, *arguments]) for options in ([], ["--debug"]))
+    assert plain.exit_code == debug.exit_code == 2
+    assert "Error: nothing.png: there is no such file" in plain.output and "Traceback" not in plain.output
+    assert "Traceback" in debug.output and "ImageError: there is no such file" in debug.output
