@@ -1,4 +1,4 @@
-"""Where SAN touches CLIP: shallow feature maps out of, and mask recognition inside, a stock `CLIPVisionModel`.
+"""CLIP's part of SAN: shallow feature maps out of, and mask recognition inside, a stock `CLIPVisionModel`.
 
 This is the one file that knows CLIPVisionModel's inner parts. The original runs the deep layers on one sequence
 [recognition tokens, class, patches] under a dense additive mask. In it the image tokens (class and patches) never see

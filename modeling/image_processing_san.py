@@ -45,7 +45,7 @@ class SANImageProcessorKwargs(ImagesKwargs, total=False):
 
 class _SANImageProcessing(SemanticSegmentationPostProcessing):
     """
-    What the two backends share, which is all but the resize and the arithmetic on pixels.
+    Shared part of the two backends: all but the resize and the arithmetic on pixels.
 
     Images are resized to `size`, brought to `(x - mean) / std` (mean and std of the 0..255 scale), and padded with
     zeros at the right and the bottom to the largest height and width of the batch, rounded up to `size_divisor`.
@@ -321,7 +321,7 @@ def _open(source: str) -> PIL.Image.Image:
 
 
 def _infer_format(shape: tuple[int, int, int]) -> ChannelDimension:
-    """Where the channels of an array are. Three or four channels rather than one: an image of one row is likelier."""
+    """Axis of an array's channels. Three or four channels rather than one: an image of one row is likelier."""
     channels = {ChannelDimension.FIRST: shape[0], ChannelDimension.LAST: shape[2]}
     likely = [key for key in channels if channels[key] in (3, 4)] or [key for key in channels if channels[key] == 1]
     if len(likely) != 1:

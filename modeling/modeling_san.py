@@ -114,7 +114,7 @@ class SANForSemanticSegmentationOutput(ModelOutput):
 def select_hidden_states(
     hidden_states: list[torch.Tensor], selection: bool | int | list[int] | None
 ) -> tuple[torch.Tensor | None, ...] | None:
-    """What `output_hidden_states` asks for: all of them, or, by index, some, the others being None."""
+    """Hidden states selected by `output_hidden_states`: all, or some by index, the others being None."""
     if selection is None or selection is False:
         return None
     if selection is True:

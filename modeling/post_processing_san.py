@@ -24,7 +24,7 @@ SCORES_AT_ONCE = 2**22
 @dataclass(frozen=True)
 class MaskPrediction:
     """
-    What the model predicts for one image, or for one view of it in test-time augmentation.
+    Prediction of the model for one image, or for one view of it in test-time augmentation.
 
     Attributes:
         mask_logits: (Q, h, w) float32.

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 def one_line(error: BaseException) -> str:
     """
-    What an error says, in one line without a full stop: of an `OSError` the reason alone, without number and file; of
+    An error's message in one line without a full stop: of an `OSError` the reason alone, without number and file; of
     an error without a message its type.
     """
     text = getattr(error, "strerror", None) or str(error)

@@ -1,4 +1,4 @@
-"""What the commands print, and how they end when something goes wrong."""
+"""Console output of the commands, and their errors."""
 
 import functools
 import sys

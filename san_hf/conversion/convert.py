@@ -1,4 +1,4 @@
-"""From a checkpoint in the original's layout to a Transformers folder, and back."""
+"""Conversion of checkpoints in the original's layout to Transformers folders, and back."""
 
 import json
 import logging

@@ -129,7 +129,7 @@ def _check_annotated(data: SegmentationDataset) -> None:
 
 
 def _read_metadata(source: str, revision: str | None) -> dict[str, Any] | None:
-    """What describes a prepared set; None for any other."""
+    """Description of a prepared data set; None for any other."""
     if os.path.isdir(source):
         file = Path(source) / METADATA_FILE
         if not file.is_file():

@@ -101,7 +101,7 @@ def _check_splits(benchmark: Benchmark, splits: Sequence[str] | None) -> list[st
 
 
 def _read_finished(output: Path, benchmark: Benchmark, splits: list[str]) -> dict[str, Any] | None:
-    """What a finished output says of itself; None if there is none yet."""
+    """Description of a finished output; None if it is not finished."""
     if not output.exists():
         return None
     if not output.is_dir():

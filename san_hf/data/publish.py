@@ -79,7 +79,7 @@ def describe(
 
 
 def publish(staging: Path, output: Path, shards: list[Shard], metadata: dict[str, Any]) -> None:
-    """From complete shards to a complete output. The description comes last: where it is, everything is."""
+    """Moves complete shards into the output. The description comes last, so that its presence means completeness."""
     expected = {shard.file.name for shard in shards}
     for file in (staging / "data").iterdir():
         if file.name not in expected:

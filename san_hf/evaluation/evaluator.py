@@ -53,7 +53,7 @@ class Evaluation(Results):
 @dataclass(frozen=True)
 class EvaluationOptions:
     """
-    How to evaluate.
+    Options of an evaluation.
 
     Attributes:
         batch_size: images at a time, of the same shape only, as padding would change what the model sees. The default,

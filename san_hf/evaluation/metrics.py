@@ -160,7 +160,7 @@ class ConfusionMatrixMetrics:
         return values.to(self.device, torch.int32)
 
     def _count(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """How often each pair of values 0..C occurs, (C + 1, C + 1)."""
+        """Counts of each pair of values 0..C, (C + 1, C + 1)."""
         size = self.num_labels + 1
         return torch.bincount((rows * size + columns).flatten(), minlength=size * size).view(size, size)
 
@@ -187,7 +187,7 @@ class ConfusionMatrixMetrics:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on counting: settings and a copy of the counts, for `torch.save`."""
+        """State for [`load_state_dict`]: settings and a copy of the counts, for `torch.save`."""
         return self._settings() | {name: count.clone() for name, count in self.counts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -266,7 +266,7 @@ def _percent(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def boundary_map(label_map: torch.Tensor) -> torch.Tensor:
     """
-    How much larger each value is than the least one nearby; see `ConfusionMatrixMetrics` for what "nearby" is.
+    Difference of each value to the least one nearby; see `ConfusionMatrixMetrics` for what "nearby" is.
 
     Args:
         label_map: (H, W) integers from 0.

@@ -14,7 +14,7 @@ from san_hf.vocabularies import load_class_ids, load_vocabulary
 
 
 def category_ids(class_names: Sequence[str]) -> list[int]:
-    """What the predictions call each label: for COCO-Stuff's classes their ids, otherwise the labels themselves."""
+    """Category id of each label in predictions: for COCO-Stuff's classes their ids, otherwise the labels themselves."""
     if list(class_names) == load_vocabulary("coco-stuff"):
         return load_class_ids("coco-stuff")
     return list(range(len(class_names)))

@@ -21,7 +21,7 @@ SOURCES = {
 
 def published_results(model: str, dataset: str) -> dict[str, float]:
     """
-    What was published of a model on a benchmark, in percent, by the names of `Results.metrics`; each is of the same
+    Published results of a model on a benchmark, in percent, by the names of `Results.metrics`; each is of the same
     definition as ours. Empty where nothing was.
 
     Args:

@@ -1,4 +1,4 @@
-"""From the name of a model to a folder, and to the model."""
+"""Loading of models by name: their folders, the cache of converted releases, and the models."""
 
 import os
 from importlib.resources import files
@@ -25,7 +25,7 @@ def resolve(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> str:
-    """What `from_pretrained` of any Transformers class takes, for a model's name.
+    """The folder or repository of a model's name, as `from_pretrained` of any Transformers class takes it.
 
     A folder stays what it is. The name of a released model ("san-vit-b-16", "san-vit-large-14") becomes the folder
     of its conversion: the file is downloaded as `huggingface_hub` does it, converted once for each commit of the

@@ -46,7 +46,7 @@ class PreparedImage:
 @dataclass(frozen=True)
 class EncodedView:
     """
-    What the model makes of one view of an image, before any class is named.
+    Output of the vision pass for one view of an image, before any class is named.
 
     Attributes:
         mask_logits: (Q, h, w), over the whole padded input.

@@ -1,4 +1,4 @@
-"""What training does to an image and its label map before the model sees them: scale, crop, colour, mirror, pad."""
+"""Augmentation of images and their label maps in training: scale, crop, colour jitter, flip, padding."""
 
 from dataclasses import dataclass
 

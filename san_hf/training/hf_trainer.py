@@ -1,4 +1,4 @@
-"""What transformers' `Trainer` needs to train a SAN, as `scripts/train_with_trainer.py` does: examples and metrics."""
+"""Data sets and metrics for transformers' `Trainer`, as `scripts/train_with_trainer.py` uses them."""
 
 from typing import Any
 
@@ -110,7 +110,7 @@ class TrainerMetrics:
 
     def label_maps(self, logits: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
         """
-        What `Trainer` is to keep of a batch's outputs.
+        Label maps of a batch, which `Trainer` keeps instead of the logits.
 
         Args:
             logits: `class_queries_logits` (B, Q, C + 1) and `masks_queries_logits` (B, Q, h, w).

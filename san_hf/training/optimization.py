@@ -1,4 +1,4 @@
-"""What the optimiser does with which parameter, and the course of the learning rate."""
+"""Parameter groups of the optimiser, and the learning rate schedule."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -111,12 +111,12 @@ class Run:
 
     @property
     def step(self) -> int:
-        """How many steps were taken."""
+        """Number of steps taken."""
         return self.progress["step"]
 
     @property
     def steps(self) -> int:
-        """How many there are."""
+        """Number of steps of the whole training."""
         return self.config.training.steps
 
     @property
@@ -281,7 +281,7 @@ class Run:
         return data, load_segmentation_dataset(section.validation_source, section.validation_split, **options)
 
     def _data_fingerprint(self) -> dict[str, Any]:
-        """What of the data the order of the samples depends on."""
+        """Facts of the data that the order of the samples depends on."""
         examples = None if not hasattr(self.data.dataset, "__len__") else len(self.data)
         return {"examples": examples, "class_names": self.data.class_names}
 
@@ -365,7 +365,7 @@ class Run:
             ) from error
 
     def _card_facts(self, data: SegmentationDataset, metrics: dict[str, float] | None) -> dict[str, Any]:
-        """What the card of a trained model says."""
+        """Facts for the card of a trained model."""
         config = self.config
         start = config.model.checkpoint or config.model.clip
         training = (

@@ -1,4 +1,4 @@
-"""What a run says while it runs: log.jsonl with every step, lines on the console, and trackers."""
+"""Log of a training run: log.jsonl with every step, lines on the console, and trackers."""
 
 import json
 import math

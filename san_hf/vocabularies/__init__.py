@@ -24,7 +24,7 @@ def load_vocabulary(name: str) -> list[str]:
 
 def load_class_ids(name: str) -> list[int]:
     """
-    What the benchmark's owners call each class in their annotations; label i is the i-th:
+    Ids of a benchmark's classes in its owners' annotations; label i is the i-th:
     for COCO-Stuff the category id (its pixel maps hold the id - 1), for ADE20K-847 the object id, for Pascal
     Context-59 the id among the 459 classes; otherwise they are 1, 2, 3, ...
 

@@ -1,4 +1,4 @@
-"""What a benchmark is: its facts, how its images are found and how its labels are read.
+"""Benchmarks: facts, and functions that find their images and read their labels.
 
 The files of the benchmarks import nothing heavy: what reads labels imports its libraries when it is called.
 """
