@@ -75,7 +75,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2.3.1",
             "pytest-xdist>=3.6.1",
-            "setuptools>=77.0.1",
+            "setuptools>=77.0.3",
             "tensorboard>=2.18",
             "wandb>=0.22",
         ],
