@@ -7,6 +7,8 @@ A temporary file is locked while its process lives. What a killed process left b
 another one is writing, and is removed by the next process that writes to the same folder.
 """
 
+import json
+import math
 import os
 import re
 import secrets
@@ -16,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 try:
@@ -28,6 +30,7 @@ except ImportError:  # Windows
 _TEMPORARY_NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.(?P<kind>partial|replaced)", re.DOTALL)
 # Where there are no locks, what is older than this was left behind.
 _SECONDS_TO_WRITE = 24 * 3600
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # Folders that this process has cleared of leftovers already.
 _cleared: set[tuple[int, str]] = set()
 
@@ -45,6 +48,22 @@ def write_file(path: str | os.PathLike, content: str | bytes) -> None:
     """
     with new_file(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """
+    A value as JSON that any reader takes: JSON has no nan and no infinity, which become null, and no half of a
+    surrogate pair (a byte of a file's name that is no text), which becomes U+FFFD.
+
+    Args:
+        value: of dictionaries, lists, texts, numbers, booleans and None.
+        indent: spaces a level; everything is in one line by default.
+
+    Raises:
+        TypeError: it holds anything else.
+    """
+    text = json.dumps(_without_nan(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 @contextmanager
@@ -161,6 +180,14 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
             os.rename(leftover, target)
         else:
             _remove(leftover)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _temporary_name(path: Path, kind: str) -> Path:

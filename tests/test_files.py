@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, whatever happens while they are written."""
 
 import errno
+import json
 import os
 import signal
 import stat
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from san_hf import files
-from san_hf.files import new_file, new_folder, remove_folder, remove_leftovers, write_file
+from san_hf.files import json_text, new_file, new_folder, remove_folder, remove_leftovers, write_file
 
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="modes, links, locks and SIGKILL are POSIX's")
@@ -45,6 +46,22 @@ def test_a_file_is_there_when_it_is_complete(tmp_path):
     write_file(str(file), "zwei\nü\r\n")
     assert file.read_bytes() == "zwei\nü\r\n".encode()
     assert names(tmp_path) == ["a.txt"]
+
+
+def strict(text: str):
+    """JSON as readers outside of Python take it: without NaN and Infinity, and as UTF-8."""
+    return json.loads(text.encode("utf-8").decode("utf-8"), parse_constant=pytest.fail)
+
+
+def test_json_that_every_reader_takes():
+    """Catches NaN and Infinity, which are Python's alone, at any depth, and names that can't be encoded as UTF-8."""
+    value = {"a": [float("nan"), (float("inf"), {"b": -float("inf")})], "猫\udcff": 1.5, "c": [True, None, 3, 1e-300]}
+    text = json_text(value)
+    assert strict(text) == {"a": [None, [None, {"b": None}]], "猫\ufffd": 1.5, "c": [True, None, 3, 1e-300]}
+    assert "\n" not in text and "猫" in text
+    assert json_text({"a": 1}, indent=2) == '{\n  "a": 1\n}'
+    with pytest.raises(TypeError):
+        json_text({1, 2})
 
 
 def test_an_error_changes_nothing(tmp_path):

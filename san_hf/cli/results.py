@@ -1,6 +1,5 @@
 """`san-hf results`."""
 
-import json
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.text import Text
 
 from san_hf.cli.console import table_console
 from san_hf.evaluation.published import PUBLISHED_MODELS, reasons_not_comparable
+from san_hf.files import json_text
 
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def _print_csv(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
 def _print_json(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
     dropped: set[str] = set() if per_class else {"per_class"}
     entries = [{**entry, "report": entry["report"].model_dump(exclude=dropped)} for entry in entries]
-    typer.echo(json.dumps(entries, indent=2, ensure_ascii=False))
+    typer.echo(json_text(entries, indent=2))
 
 
 PRINTERS = {"table": _print_table, "markdown": _print_markdown, "csv": _print_csv, "json": _print_json}

@@ -1,6 +1,5 @@
 """A prepared benchmark's description and card, and its way to the Hub."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pyarrow.parquet as pq
 import yaml
 from huggingface_hub import HfApi
 
-from san_hf.files import write_file
+from san_hf.files import json_text, write_file
 from san_hf.version import __version__
 
 from .benchmarks import Benchmark, Source
@@ -85,7 +84,7 @@ def publish(staging: Path, output: Path, shards: list[Shard], metadata: dict[str
         if file.name not in expected:
             file.unlink()
     write_file(staging / "README.md", dataset_card(metadata))
-    write_file(staging / METADATA_FILE, json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+    write_file(staging / METADATA_FILE, json_text(metadata, indent=2) + "\n")
     for name in ("data", "README.md", METADATA_FILE):
         os.replace(staging / name, output / name)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from san_hf.files import new_file
+from san_hf.files import json_text, new_file
 from san_hf.vocabularies import load_class_ids, load_vocabulary
 
 
@@ -61,7 +61,7 @@ class PredictionWriter:
         self.file.seek(size)
 
     def write(self, index: int, entries: list[dict]) -> None:
-        self.file.write(json.dumps([index, entries], ensure_ascii=False).encode("utf-8") + b"\n")
+        self.file.write(json_text([index, entries]).encode("utf-8") + b"\n")
 
     def flush(self) -> int:
         """Sees to it that everything is on the disk; returns the file's size in bytes."""
@@ -90,7 +90,7 @@ def merge_predictions(parts: Sequence[Path], output: Path) -> None:
         for index, entries in heapq.merge(*map(_read, parts), key=lambda line: line[0]):
             for entry in entries:
                 image_id = _file_number(entry["file_name"]) if numbered else index
-                line = json.dumps({"image_id": image_id, **entry}, ensure_ascii=False)
+                line = json_text({"image_id": image_id, **entry})
                 file.write(f"{separator}\n{line}".encode())
                 separator = ","
         file.write(b"\n]\n" if separator == "," else b"[]\n")

@@ -1,6 +1,5 @@
 """Results of an evaluation as files: JSON, CSV and Markdown."""
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from san_hf.evaluation.metrics import Results
 from san_hf.evaluation.tables import to_csv, to_markdown
-from san_hf.files import write_file
+from san_hf.files import json_text, write_file
 from san_hf.version import __version__
 
 
@@ -80,12 +79,12 @@ def write_results(
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / CLASSES_FILE, to_csv(report.per_class))
     write_file(folder / TABLE_FILE, to_markdown(report))
-    write_file(folder / RESULTS_FILE, json.dumps(report.model_dump(), indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / RESULTS_FILE, json_text(report.model_dump(), indent=2) + "\n")
     return report
 
 
 def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_results(path: str | os.PathLike) -> list[Report]:

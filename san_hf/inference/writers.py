@@ -1,12 +1,11 @@
 """Output formats of a segmentation: one function a format's file, and one table of them."""
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from san_hf.files import new_file
+from san_hf.files import json_text, new_file
 
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def write_legend(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[st
     """JSON: the facts, the image's size, and every class with its label, share of pixels and colour."""
     size = {"width": segmentation.image.width, "height": segmentation.image.height}
     content = {**facts, **size, "classes": segmentation.legend()}
-    file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
+    file.write((json_text(content, indent=2) + "\n").encode("utf-8"))
 
 
 # Format -> the files it consists of, by the ending that follows the image's name.
