@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
 from .configuration_san import SANConfig
 from .loss_san import mask_classification_loss, split_semantic_map
-from .side_adapter_san import AttentionBiasScaling, MaskDecoder, MaskDecoderLinear, SideAdapter
+from .side_adapter_san import AttentionBiasScaling, MaskDecoder, SideAdapter
 
 
 # Prompts that go through the text tower at once: bounds memory for large vocabularies.
@@ -141,16 +141,18 @@ class SANPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
+        # As the original starts them: by what its libraries do for each kind of layer.
         # Of code outside transformers, only modules with parameters of their own come here, not their parents.
         super()._init_weights(module)
         if isinstance(module, SideAdapter):
             for tokens in (module.query_tokens, module.query_position_embeddings, module.position_embeddings):
                 init.trunc_normal_(tokens, std=self.config.initializer_range)
-        elif isinstance(module, MaskDecoderLinear):
-            init.xavier_uniform_(module.weight)
+        elif isinstance(module, nn.Linear | nn.Conv2d) and (bounds := getattr(module, "initial_bounds", None)):
+            for parameter, bound in zip((module.weight, module.bias), bounds):
+                init.uniform_(parameter, -bound, bound)
         elif isinstance(module, AttentionBiasScaling):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+            init.uniform_(module.weight, -1.0, 1.0)
+            init.uniform_(module.bias, -1.0, 1.0)
         elif isinstance(module, SANModel):
             if module.recognition_tokens is not None:
                 init.normal_(module.recognition_tokens, std=self.config.clip_vision_config.hidden_size**-0.5)

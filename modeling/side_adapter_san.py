@@ -6,6 +6,8 @@ Shapes: B images, Q queries, Ca the adapter's width, Hs x Ws its grid (image / p
 CLIP's grid, h CLIP's heads, n bias layers.
 """
 
+from typing import Any, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,6 +17,20 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from .configuration_san import SANConfig
+
+
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
+
+
+def starting_uniform(layer: Layer, weight: float, bias: float) -> Layer:
+    """
+    The layer, marked to start (in `_init_weights`) uniformly within these bounds in multiples of 1 / sqrt(fan in),
+    weight and bias alike, and not with the normal weights and zero biases of the adapter's other layers.
+    """
+    marked: Any = layer
+    scale = layer.weight[0].numel() ** -0.5
+    marked.initial_bounds = (weight * scale, bias * scale)
+    return layer
 
 
 class SideAdapterAttention(nn.Module):
@@ -98,7 +114,7 @@ class SideAdapterFusion(nn.Module):
         super().__init__()
         clip_width = config.clip_vision_config.hidden_size
         self.norm = nn.LayerNorm(clip_width, eps=config.layer_norm_eps)
-        self.proj = nn.Linear(clip_width, config.hidden_size)
+        self.proj = starting_uniform(nn.Linear(clip_width, config.hidden_size), weight=3**0.5, bias=0.0)
 
     def forward(self, clip_feature_map: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, W, Hc, Wc) -> (B, Hs * Ws, Ca)."""
@@ -114,9 +130,10 @@ class SideAdapter(nn.Module):
         super().__init__()
         self.config = config
         self.position_grid = config.image_size // config.patch_size
-        self.patch_embedding = nn.Conv2d(
+        patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
+        self.patch_embedding = starting_uniform(patch_embedding, weight=1.0, bias=1.0)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
         self.query_position_embeddings = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.empty(1, self.position_grid**2, config.hidden_size))
@@ -177,17 +194,15 @@ class SideAdapter(nn.Module):
         return all_hidden_states, grid, all_attentions if output_attentions else []
 
 
-class MaskDecoderLinear(nn.Linear):
-    """A linear layer that starts Xavier-uniform (in `_init_weights`), unlike the others."""
-
-
 class MaskDecoderMLP(nn.Module):
     """Linear layers with ReLU between them, over the last dimension."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
         super().__init__()
         dims = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
-        self.layers = nn.ModuleList(MaskDecoderLinear(i, o) for i, o in zip(dims[:-1], dims[1:]))
+        self.layers = nn.ModuleList(
+            starting_uniform(nn.Linear(i, o), weight=1.0, bias=1.0) for i, o in zip(dims[:-1], dims[1:])
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in self.layers[:-1]:

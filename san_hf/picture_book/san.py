@@ -16,9 +16,6 @@ from san_hf.training.optimization import parameter_groups
 
 
 SAN_LEARNING_RATE = 1e-3
-# The factor that the attention biases start with. At 1, the recognition tokens of so small a model see only a few
-# patches: enough for a colour, too little for a shape.
-BIAS_SCALE = 0.1
 # The configuration, see `SANConfig`.
 SAN: dict[str, Any] = {
     "image_size": PAGE_SIZE,
@@ -100,8 +97,6 @@ def train_san(
     # All of it: the paper trains CLIP's position embeddings, but here CLIP sees grids of the size it was trained on.
     model.model.vision_model.requires_grad_(False)
     model.set_vocabulary(list(Pages.classes), **processor(text=list(Pages.classes)))
-    if (scaling := model.model.mask_decoder.bias_scaling) is not None:
-        torch.nn.init.constant_(scaling.weight, BIAS_SCALE)
     arguments = TrainingArguments(
         output_dir=str(clip_folder.parent / "san-training"),
         max_steps=steps,

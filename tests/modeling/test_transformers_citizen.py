@@ -237,35 +237,82 @@ def test_every_parameter_is_initialised_by_init_weights(config, tmp_path):
     assert not unset
 
 
-def test_initialisation_is_what_it_says(config):
-    """Another distribution, or one that depends on anything but the seed."""
+def test_initialisation_depends_on_the_seed_alone(config):
+    """Weights that are left to another generator, or to the order in which modules are made."""
     config.recognition_token = "learned"
-    set_seed(0)
-    model = SANForSemanticSegmentation(config)
-    set_seed(0)
-    again = SANForSemanticSegmentation(copy.deepcopy(config))
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
-    set_seed(1)
-    other = SANForSemanticSegmentation(config)
-    assert not torch.equal(model.model.side_adapter.query_tokens, other.model.side_adapter.query_tokens)
+    states = []
+    for seed in (0, 0, 1):
+        set_seed(seed)
+        states.append(SANForSemanticSegmentation(copy.deepcopy(config)).state_dict())
+    first, again, other = states
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    drawn = [name for name in first if "side_adapter" in name and "norm" not in name and first[name].any()]
+    assert drawn and not any(torch.equal(first[name], other[name]) for name in drawn)
 
-    big = tiny_config(hidden_size=240, num_queries=100, intermediate_size=960, recognition_token="learned")
-    model = SANForSemanticSegmentation(big)
-    adapter, decoder = model.model.side_adapter, model.model.mask_decoder
-    # Truncated normal of initializer_range 0.02.
-    for tensor in (adapter.query_tokens, adapter.query_position_embeddings, adapter.position_embeddings):
-        assert tensor.std().item() == pytest.approx(0.02, rel=0.05)
-    assert adapter.layers[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert not adapter.layers[0].mlp.fc1.bias.any()
-    norms = [module for module in adapter.modules() if isinstance(module, nn.LayerNorm)]
-    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
-    # Xavier uniform in the decoder's MLPs; a bias that starts as it is.
-    bound = (6 / (240 + 20)) ** 0.5
-    first = decoder.pixel_mlp.layers[0].weight
-    assert first.abs().max().item() == pytest.approx(bound, rel=0.01) and first.abs().max() <= bound
-    assert (decoder.bias_scaling.weight.item(), decoder.bias_scaling.bias.item()) == (1.0, 0.0)
-    assert model.model.recognition_tokens.std().item() == pytest.approx(32**-0.5, rel=0.1)
-    assert model.logit_scale.item() == pytest.approx(big.clip_config.logit_scale_init_value)
+
+def paper_decoder_config():
+    """The paper's sizes wherever new weights depend on them, on a CLIP of few layers and with little text."""
+    vision = {"hidden_size": 768, "intermediate_size": 64, "num_attention_heads": 12, "num_hidden_layers": 2}
+    text = {"vocab_size": 514, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    return SANConfig(
+        clip_config={"vision_config": vision | {"patch_size": 16}, "text_config": text | {"num_attention_heads": 2}},
+        recognition_token="learned",
+        recognition_layer=1,
+        fusion_layers=[[0, 0], [1, 2]],
+        num_hidden_layers=2,
+        deep_supervision_layers=[1, 2],
+    )
+
+
+def test_new_weights_start_as_the_originals():
+    """
+    Another distribution. The original leaves each kind of layer to its library: the ViT's to timm, the fusion's to
+    detectron2's Caffe2-like uniform, and those of decoder, patch convolution and bias scaling to PyTorch.
+    """
+    scalings = []
+    for seed in range(5):
+        set_seed(seed)
+        model = SANForSemanticSegmentation(paper_decoder_config())
+        adapter, decoder = model.model.side_adapter, model.model.mask_decoder
+        scalings += [decoder.bias_scaling.weight.item(), decoder.bias_scaling.bias.item()]
+
+        layer = adapter.layers[0]
+        for tensor in (
+            *(adapter.query_tokens, adapter.query_position_embeddings, adapter.position_embeddings),
+            *(layer.mlp.fc1.weight, layer.mlp.fc2.weight, layer.attention.qkv.weight, layer.attention.proj.weight),
+        ):
+            assert tensor.std().item() == pytest.approx(0.02, rel=0.02)
+            assert tensor.abs().max().item() > 0.06  # normal: no uniform one of this deviation gets there
+        fusion = adapter.fusions["2"].proj
+        zero = [layer.mlp.fc1.bias, layer.attention.qkv.bias, fusion.bias]
+        norms = [module for module in adapter.modules() if isinstance(module, nn.LayerNorm)]
+        assert not any(bias.any() for bias in zero + [norm.bias for norm in norms])
+        assert all((norm.weight == 1).all() for norm in norms)
+
+        uniform = [(fusion.weight, 0.0625)]
+        for linear in (adapter.patch_embedding, *decoder.query_mlp.layers, *decoder.pixel_mlp.layers):
+            uniform += [(linear.weight, linear.weight[0].numel() ** -0.5), (linear.bias, None)]
+        last = decoder.attention_mlp.layers[-1]
+        assert last.weight.shape == (256 * 12, 256)
+        uniform += [(last.weight, 1 / 16), (last.bias, 1 / 16)]
+        for tensor, bound in uniform:
+            if bound is not None:
+                assert tensor.abs().max().item() == pytest.approx(bound, rel=0.02) and tensor.abs().max() <= bound
+                assert tensor.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        for linear in (adapter.patch_embedding, decoder.query_mlp.layers[0], last):
+            limit = linear.weight[0].numel() ** -0.5
+            assert 0.9 * limit < linear.bias.abs().max() <= limit
+        assert model.model.recognition_tokens.std().item() == pytest.approx(768**-0.5, rel=0.05)
+
+        # What that means: masks of nearly equal queries and pixels, and biases that steer CLIP a little.
+        tokens = torch.randn(1, 100 + 400, 240)
+        with torch.no_grad():
+            mask_logits, attention_bias = decoder(tokens, (20, 20))
+        unscaled = (attention_bias - decoder.bias_scaling.bias) / decoder.bias_scaling.weight
+        assert 0.1 < mask_logits.std().item() < 0.2 and 0.08 < mask_logits.std(1).mean().item() < 0.15
+        assert 0.1 < unscaled.std().item() < 0.25
+    # Uniform in -1..1: ten of them are neither all of one sign nor close to each other.
+    assert min(scalings) < -0.3 and max(scalings) > 0.3 and max(map(abs, scalings)) < 1
 
 
 # ---- attention implementations
