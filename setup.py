@@ -54,6 +54,7 @@ setup(
         "datasets>=4.0",
         "evaluate>=0.4.3",
         "filelock>=3.16",
+        "ftfy>=6.3",
         "huggingface_hub>=1.31",
         "jinja2>=3.1",
         "lazy_loader>=0.4",

@@ -10,6 +10,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
 from .prompts_san import split_templates
+from .text_san import check_class_names, clean_text, may_be_misread
 
 
 logger = logging.get_logger(__name__)
@@ -71,7 +72,8 @@ class SANProcessor(ProcessorMixin):
             images:
                 An image or a list of images, see [`SANImageProcessor`].
             text (`list[str]`):
-                Class names in plain words. Their order is the order of the labels. Spaces around a name are dropped.
+                Class names in plain words. Their order is the order of the labels. Prompts are made plain as in the
+                original, see [`clean_text`]: typographic quotes, HTML's escapes, full-width letters, capitals, spaces.
             segmentation_maps:
                 A label map per image, with labels 0..`len(text)` - 1 (if there is `text`) or the ignore index.
             expansion (`list[str]`, *optional*):
@@ -90,9 +92,9 @@ class SANProcessor(ProcessorMixin):
             - **attention_mask**: (C, T, L) int64, 1 for tokens and 0 for padding.
 
         Raises:
-            ValueError: for names that are no vocabulary (none, blank, repeated, not strings), labels beyond them, and
-                whatever the image processor refuses. Names are repeated if they differ by capitals or spaces only,
-                which the tokenizer does not see.
+            ValueError: for names that are no vocabulary (none, blank, repeated, not strings, in a set), labels beyond
+                them, and whatever the image processor refuses. Names are repeated if the tokenizer doesn't tell them
+                apart: if they differ by capitals, spaces or the kind of quotes only, or where they are cut.
         """
         if images is None and text is None:
             raise ValueError("Got neither images nor text, expected at least one of them.")
@@ -109,7 +111,7 @@ class SANProcessor(ProcessorMixin):
 
         data: dict[str, Any] = {}
         if text is not None:
-            names = _check_names(text, "text")
+            names = check_class_names(text, "text")
             every_name = names if expansion is None else self.expand(names, expansion)
             data |= self._tokenize(every_name, prompt_templates, merged["text_kwargs"])
         if images is not None:
@@ -123,30 +125,38 @@ class SANProcessor(ProcessorMixin):
     @staticmethod
     def expand(text: Sequence[str], expansion: Sequence[str]) -> list[str]:
         """`text`, followed by the names of `expansion` that it does not have, whatever the capitals and spaces."""
-        names, more = _check_names(text, "text"), _check_names(expansion, "expansion")
-        own = {_key(name) for name in names}
-        return names + [name for name in more if _key(name) not in own]
+        names, more = check_class_names(text, "text"), check_class_names(expansion, "expansion")
+        own = {clean_text(name) for name in names}
+        return names + [name for name in more if clean_text(name) not in own]
 
     def _tokenize(self, names: list[str], prompt_templates, text_kwargs: dict) -> dict[str, np.ndarray]:
-        for name in names:
-            for token in self.tokenizer.all_special_tokens:
-                if token in name:
-                    raise ValueError(f"Got the class name {name!r} with the tokenizer's own {token!r}: leave that out.")
         templates = split_templates(self.prompt_templates if prompt_templates is None else prompt_templates)
-        prompts = [before + name + after for name in names for before, after in templates]
-        tokens = self.tokenizer(prompts, return_tensors="np", **text_kwargs)
+        plain = []
+        for name in names:
+            prompts = [before + name + after for before, after in templates]
+            plain += map(clean_text, prompts)
+            for token in self.tokenizer.all_special_tokens:
+                if any(token in prompt for prompt in (*prompts, *plain[-len(prompts) :])):
+                    raise ValueError(f"Got the class name {name!r} with the tokenizer's own {token!r}: leave that out.")
+            if any(map(may_be_misread, prompts)):
+                logger.warning(
+                    f"The class name {name!r:.200} may hold letters that were read in a wrong encoding, which the "
+                    "original mends: check it, or install ftfy, which mends it here, too."
+                )
+        tokens = self.tokenizer(plain, return_tensors="np", **text_kwargs)
 
         limit = text_kwargs.get("max_length") or self.tokenizer.model_max_length
         if text_kwargs.get("truncation"):
             # Only a prompt that fills the limit can have lost something to it
             full = np.flatnonzero(tokens["attention_mask"].sum(-1) >= limit)
-            whole = self.tokenizer([prompts[i] for i in full], verbose=False)["input_ids"] if len(full) else []
+            whole = self.tokenizer([plain[i] for i in full], verbose=False)["input_ids"] if len(full) else []
             for index in dict.fromkeys(i // len(templates) for i, ids in zip(full, whole) if len(ids) > limit):
                 logger.warning(
                     f"The class name {names[index]!r:.200} makes a prompt of more than {limit} tokens, which is cut "
                     "there: expected a few words."
                 )
         shape = (len(names), len(templates), -1)
+        _check_apart(tokens["input_ids"].reshape(len(names), -1), names)
         return {key: tokens[key].reshape(shape) for key in ("input_ids", "attention_mask")}
 
     def post_process_semantic_segmentation(self, *args, **kwargs):
@@ -154,32 +164,15 @@ class SANProcessor(ProcessorMixin):
         return self.image_processor.post_process_semantic_segmentation(*args, **kwargs)
 
 
-def _key(name: str) -> str:
-    """Equal for names that the tokenizer cannot tell apart."""
-    return " ".join(name.lower().split())
-
-
-def _check_names(names: Sequence[str], what: str) -> list[str]:
-    """The names without spaces around them."""
-    if isinstance(names, str):
-        raise ValueError(
-            f"Got {what}={names!r:.80}, expected a list of class names: {[name.strip() for name in names.split(',')]}?"
-        )
-    names = list(names)
-    if not names:
-        raise ValueError(f"Got an empty {what}, expected at least one class name.")
-    first: dict[str, int] = {}
-    for index, name in enumerate(names):
-        if not isinstance(name, str):
-            raise ValueError(f"Got {name!r:.80} at position {index} of {what}, expected a class name as a string.")
-        if not name.strip():
-            raise ValueError(f"Got a blank class name at position {index} of {what}, expected a word or more.")
-        if (other := first.setdefault(_key(name), index)) != index:
+def _check_apart(token_ids: np.ndarray, names: list[str]):
+    """Names of the same tokens would have the same logits, and the second never get a pixel."""
+    first: dict[bytes, int] = {}
+    for index, row in enumerate(token_ids):
+        if (other := first.setdefault(row.tobytes(), index)) != index:
             raise ValueError(
-                f"Got the class name {name!r:.80} at the positions {other} and {index} of {what}, expected each name "
-                "once: leave one out."
+                f"Got the class names {names[other]!r:.80} and {names[index]!r:.80}, which have the same tokens: leave "
+                "one out, or say what sets them apart in the first few words."
             )
-    return [name.strip() for name in names]
 
 
 def _check_labels(label_maps, names: list[str], ignore_index: int):

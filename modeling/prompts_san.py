@@ -118,7 +118,7 @@ def split_templates(templates: str | Sequence[str]) -> list[tuple[str, str]]:
         For each template the text before and the text after the class name.
 
     Raises:
-        ValueError: an unknown name, no templates, or a template without exactly one `{}`.
+        ValueError: an unknown name, no templates or no list of them, or a template without exactly one `{}`.
     """
     if isinstance(templates, str):
         if templates not in PROMPT_TEMPLATES:
@@ -126,6 +126,10 @@ def split_templates(templates: str | Sequence[str]) -> list[tuple[str, str]]:
                 f"Got prompt_templates={templates!r}, expected one of {list(PROMPT_TEMPLATES)} or a list of templates."
             )
         templates = PROMPT_TEMPLATES[templates]
+    if not isinstance(templates, Sequence):
+        raise ValueError(
+            f"Got {templates!r:.80} as prompt_templates, expected a list of them, or one of {list(PROMPT_TEMPLATES)}."
+        )
     pairs = []
     for template in templates:
         if not isinstance(template, str) or template.count("{}") != 1:

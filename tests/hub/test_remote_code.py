@@ -129,6 +129,7 @@ def test_folder_carries_its_code_and_nothing_else(folder):
         "processing_san.py",
         "prompts_san.py",
         "side_adapter_san.py",
+        "text_san.py",
     }
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert {name: value.split(".")[0] for name, value in auto_map.items()} == {
