@@ -175,6 +175,9 @@ class SANPreTrainedModel(PreTrainedModel):
         # Transformers adds the auto class of this very model, of which there can be one only.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = {**auto_map, "AutoModel": "modeling_san.SANModel"}
+        # It writes this model's dtype into the configuration, and not into CLIP's.
+        for part in (self.config.clip_config, self.config.clip_vision_config, self.config.clip_text_config):
+            cast(CLIPConfig, part).dtype = self.dtype
         super().save_pretrained(*args, **kwargs)
 
     def freeze_clip(self):
@@ -229,7 +232,8 @@ class SANModel(SANPreTrainedModel):
     def __init__(self, config: SANConfig):
         super().__init__(config)
         vision_config = config.clip_vision_config
-        self.vision_model = CLIPVisionModel._from_config(vision_config)
+        # By itself it would take the dtype that its own configuration was saved with, whatever was asked for.
+        self.vision_model = CLIPVisionModel._from_config(vision_config, dtype=torch.get_default_dtype())
         hook_attention_bias(self.vision_model, config.recognition_layer)
         self.visual_projection = nn.Linear(vision_config.hidden_size, config.clip_embed_dim, bias=False)
         self.side_adapter = SideAdapter(config)
@@ -368,7 +372,7 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         super().__init__(config)
         text_config, embed_dim = config.clip_text_config, config.clip_embed_dim
         self.model = SANModel(config)
-        self.text_model = CLIPTextModel._from_config(text_config)
+        self.text_model = CLIPTextModel._from_config(text_config, dtype=torch.get_default_dtype())
         self.text_projection = nn.Linear(text_config.hidden_size, embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.clip_logit_scale))
         self.no_object_embed = nn.Parameter(torch.empty(1, embed_dim))

@@ -22,9 +22,12 @@ def tiny_tokenizer() -> CLIPTokenizer:
 
 def tiny_config(**overrides) -> SANConfig:
     """A SANConfig of about 80,000 parameters for images of 64 x 64 pixels; fits `tiny_tokenizer`."""
+    # Each part names a dtype, as real checkpoints do: nothing but the dtype that is asked for may count.
     clip_config = {
+        "dtype": "float32",
         "projection_dim": 16,
         "text_config": {
+            "dtype": "float32",
             "vocab_size": 514,
             "hidden_size": 16,
             "intermediate_size": 32,
@@ -36,6 +39,7 @@ def tiny_config(**overrides) -> SANConfig:
             "pad_token_id": 513,
         },
         "vision_config": {
+            "dtype": "float32",
             "hidden_size": 32,
             "intermediate_size": 64,
             "num_hidden_layers": 4,

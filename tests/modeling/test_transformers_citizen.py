@@ -18,6 +18,7 @@ from transformers import (
     AutoModel,
     AutoModelForSemanticSegmentation,
     AutoProcessor,
+    CLIPModel,
     Trainer,
     TrainingArguments,
     pipeline,
@@ -90,6 +91,38 @@ def test_half_precision(model, pixel_values, class_embeds, input_ids, folder, dt
     assert_same_outputs(half, rounded, pixel_values.to(dtype), class_embeds, tolerance)
     embeds, expected = (m.get_class_embeds(input_ids) for m in (half, rounded))
     assert embeds.dtype == dtype and relative_difference(embeds.float(), expected) < tolerance
+
+
+def dtypes(model) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()}
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float16)],
+    ids=str,
+)
+def test_every_parameter_has_the_dtype_asked_for(config, tmp_path, saved, asked):
+    """Towers that keep the dtype that CLIP's own configurations name, whichever way the model comes: built on a CLIP,
+    saved and loaded, by Auto classes and pipelines, or cast and saved again."""
+    CLIPModel(config.clip_config).to(saved).save_pretrained(tmp_path / "clip")
+    small = {name: getattr(config, name) for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
+    small |= {"num_hidden_layers": 3, "deep_supervision_layers": [3], "num_queries": 5, "patch_size": 8}
+    for options, expected in (({}, saved), ({"dtype": asked}, asked)):
+        model = SANForSemanticSegmentation.from_clip(tmp_path / "clip", image_size=64, **small, **options)
+        assert dtypes(model) == {expected}
+    model = model.to(saved)
+    model.set_vocabulary(["sky", "grass"], class_embeds=torch.randn(2, 16))
+    model.save_pretrained(tmp_path / "san")
+    SANImageProcessor(size={"shortest_edge": 64}).save_pretrained(tmp_path / "san")
+    for part in ("clip_config", "clip_vision_config", "clip_text_config"):
+        assert getattr(SANConfig.from_pretrained(tmp_path / "san"), part).dtype == saved
+    for loader in (SANForSemanticSegmentation, SANModel, AutoModel, AutoModelForSemanticSegmentation):
+        assert dtypes(loader.from_pretrained(tmp_path / "san")) == {saved}
+        assert dtypes(loader.from_pretrained(tmp_path / "san", dtype=asked)) == {asked}
+    segmenter = pipeline("image-segmentation", model=str(tmp_path / "san"), dtype=asked)
+    assert dtypes(segmenter.model) == {asked}
+    assert segmenter(PIL.Image.new("RGB", (64, 64), "blue"))
 
 
 def test_loss_in_half_precision(model, pixel_values, class_embeds, labels):
