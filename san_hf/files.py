@@ -7,6 +7,8 @@ A temporary file is locked while its process lives. What a killed process left b
 another one is writing, and is removed by the next process that writes to the same folder.
 """
 
+import ctypes
+import errno
 import json
 import math
 import os
@@ -20,17 +22,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from san_hf.locks import try_lock
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]  # for mypy the name is the module's alone
 
 # ".model.safetensors.3f9a1c0b7d2e4a58.partial"; a folder that is being replaced ends in ".replaced".
 _TEMPORARY_NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.(?P<kind>partial|replaced)", re.DOTALL)
 # Where there are no locks, what is older than this was left behind.
 _SECONDS_TO_WRITE = 24 * 3600
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# What a disk that can't take more, or anything, says.
+DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
+# Linux's renameat2 (2): both names exist at every moment.
+RENAME_EXCHANGE = 2
+renameat2: Any
+try:
+    renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+except (AttributeError, OSError, TypeError):  # other systems, and C libraries older than 2018
+    renameat2 = None
 # Folders that this process has cleared of leftovers already.
 _cleared: set[tuple[int, str]] = set()
 
@@ -93,8 +101,10 @@ def new_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         if os.name == "nt":  # where an open file can't be renamed
             os.replace(temporary, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if disk_error := _disk_error(error, path):
+            raise disk_error from error
         raise
 
 
@@ -122,8 +132,10 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         _replace_folder(temporary, path)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if disk_error := _disk_error(error, path):
+            raise disk_error from error
         raise
     finally:
         if descriptor is not None:
@@ -160,8 +172,8 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
     """
     Removes from a folder what killed processes were writing there; what others are writing now stays.
 
-    A process that was killed just while it replaced a folder has left the old one under another name: it gets its own
-    name back.
+    Where two folders can't be exchanged at once, a process that was killed just while it replaced one has left the old
+    one under another name: it gets its own name back.
 
     Args:
         folder: not searched below; it need not exist.
@@ -202,7 +214,7 @@ def _create_file(path: Path) -> tuple[Path, int]:
     while True:
         temporary = _temporary_name(path, "partial")
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
-        _try_lock(descriptor)
+        try_lock(descriptor)
         # Another process may have taken it for a leftover before it was locked.
         if os.path.lexists(temporary):
             return temporary, descriptor
@@ -221,23 +233,39 @@ def _create_folder(path: Path) -> tuple[Path, int | None]:
             descriptor = os.open(temporary, os.O_RDONLY)
         except FileNotFoundError:  # another process has taken it for a leftover
             continue
-        _try_lock(descriptor)
+        try_lock(descriptor)
         if os.path.lexists(temporary):
             return temporary, descriptor
         os.close(descriptor)
 
 
 def _replace_folder(temporary: Path, path: Path) -> None:
-    """Gives a folder its name. What had it before, if anything, is locked while it is neither here nor there."""
+    """Gives a folder its name. What had it before, if anything, is removed."""
     if not os.path.lexists(path):
         os.rename(temporary, path)
         _sync(path.parent)
-        return
+    elif _exchange(temporary, path):
+        _sync(path.parent)
+        _remove(temporary)
+    else:
+        _rename_twice(temporary, path)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Two files or folders get each other's name at one moment. False where the system or the file system can't."""
+    if renameat2 is None:
+        return False
+    here = -100  # AT_FDCWD: relative names are relative to the working directory
+    return renameat2(here, os.fsencode(first), here, os.fsencode(second), RENAME_EXCHANGE) == 0
+
+
+def _rename_twice(temporary: Path, path: Path) -> None:
+    """What had the name before is locked while it is neither here nor there; see [`remove_leftovers`]."""
     replaced = _temporary_name(path, "replaced")
     descriptor = None if os.name == "nt" or path.is_symlink() else os.open(path, os.O_RDONLY)
     try:
         if descriptor is not None:
-            _try_lock(descriptor)
+            try_lock(descriptor)
         os.rename(path, replaced)
         try:
             os.rename(temporary, path)
@@ -251,6 +279,18 @@ def _replace_folder(temporary: Path, path: Path) -> None:
             os.close(descriptor)
 
 
+def _disk_error(error: BaseException, path: Path) -> OSError | None:
+    """A full disk's error with the file's name, which writing knows nothing of; torch and safetensors hide the rest."""
+    hidden: BaseException | None = error
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's
+        hidden = OSError(int(match[1]), os.strerror(int(match[1])))
+    elif type(error) is RuntimeError:
+        hidden = error.__context__
+    if isinstance(hidden, OSError) and hidden.errno in DISK_ERRORS and hidden.filename is None:
+        return OSError(hidden.errno, hidden.strerror, str(path))
+    return None
+
+
 def _clear_once(folder: Path) -> None:
     """Removes leftovers when this process writes to a folder for the first time."""
     name = os.path.realpath(folder)
@@ -260,19 +300,6 @@ def _clear_once(folder: Path) -> None:
         _cleared.add((os.getpid(), name))
 
 
-def _try_lock(descriptor: int) -> bool | None:
-    """Whether the lock is ours; None where there are none."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # not on every file system
-        return None
-    return True
-
-
 def _is_abandoned(path: Path) -> bool:
     try:
         modified = path.lstat().st_mtime
@@ -280,7 +307,7 @@ def _is_abandoned(path: Path) -> bool:
     except OSError:  # gone meanwhile, a link, or not ours to read
         return False
     try:
-        locked = _try_lock(descriptor)
+        locked = try_lock(descriptor)
         return time.time() - modified > _SECONDS_TO_WRITE if locked is None else locked
     finally:
         os.close(descriptor)

@@ -6,9 +6,12 @@ import os
 import signal
 import stat
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 
 from san_hf import files
 from san_hf.files import json_text, new_file, new_folder, remove_folder, remove_leftovers, write_file
@@ -89,16 +92,38 @@ def test_a_full_disk(tmp_path, monkeypatch, step):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    monkeypatch.setattr(files, "renameat2", None)
     monkeypatch.setattr(files.os, step, fail)
     if step != "rename":
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match=r"No space left.*/file'"):
             write_file(tmp_path / "file", "new")
     if step != "replace":
-        with pytest.raises(OSError, match="No space left"), new_folder(tmp_path / "folder") as folder:
+        with pytest.raises(OSError, match=r"No space left.*/folder'"), new_folder(tmp_path / "folder") as folder:
             (folder / "new").touch()
     monkeypatch.undo()
     assert (tmp_path / "file").read_text() == "old"
     assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == ["old"]
+
+
+def save_by_torch(folder: Path) -> None:
+    with new_file(folder / "file") as file, open("/dev/full", "wb", buffering=0) as full:
+        torch.save({"a": torch.zeros(10**5)}, full)
+        file.write(b"never")
+
+
+def save_by_safetensors(folder: Path) -> None:
+    with new_folder(folder / "file"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("save", [save_by_torch, save_by_safetensors])
+def test_a_full_disk_under_other_libraries(tmp_path, save):
+    """Catches errors of torch and safetensors for a full disk, which are no OSError and name no file."""
+    with pytest.raises(OSError) as raised:
+        save(tmp_path)
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path / "file")
+    assert names(tmp_path) == []
 
 
 def test_a_folder_replaces_another_as_a_whole(tmp_path):
@@ -194,30 +219,63 @@ def test_what_another_process_is_writing_stays(tmp_path):
     assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == ["inside"]
 
 
-@posix_only
-def test_killed_between_two_renames(tmp_path):
-    """Catches an old folder that is lost when the process dies just while it is replaced."""
-    with new_folder(tmp_path / "folder") as folder:
-        (folder / "old").touch()
-    rename = os.rename
+def die_at(count: int, function, *arguments) -> None:
+    """Kills this process just before the `count`-th time that `function` renames, removes or makes something."""
+    seen = 0
 
-    def replace_and_die():
-        calls = []
-
-        def second_dies(*arguments):
-            calls.append(arguments)
-            if len(calls) == 2:
+    def count_changes(event, _):
+        nonlocal seen
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
+            seen += 1
+            if seen == count:
                 kill_self()
-            rename(*arguments)
 
-        os.rename = second_dies
-        with new_folder(tmp_path / "folder"):
-            pass
+    sys.addaudithook(count_changes)
+    function(*arguments)
+    os._exit(0)
 
-    assert in_a_process(replace_and_die) == -signal.SIGKILL
-    assert not (tmp_path / "folder").exists()
-    remove_leftovers(tmp_path)
-    assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["old"]
+
+@posix_only
+@pytest.mark.parametrize("exchange", [True, False])
+def test_killed_at_any_moment_while_a_folder_is_replaced(tmp_path, monkeypatch, exchange):
+    """Catches a moment at which neither the old folder nor the new one is there whole, and leftovers that stay."""
+    if not exchange:  # as on systems and file systems that can't
+        monkeypatch.setattr(files, "renameat2", None)
+    elif files.renameat2 is None:
+        pytest.skip("no renameat2 here")
+
+    def replace(name: str):
+        with new_folder(tmp_path / "folder") as folder:
+            for number in range(2):
+                (folder / f"{name}{number}").touch()
+
+    replace("old")
+    outcomes = []
+    for count in range(1, 20):
+        status = in_a_process(partial(die_at, count, replace, "new"))
+        if not exchange:  # a reader may find nothing for a moment; the next writer puts it right
+            remove_leftovers(tmp_path)
+        outcomes.append(names(tmp_path / "folder"))
+        if status == 0:
+            break
+        replace("old")
+        remove_leftovers(tmp_path)
+        assert names(tmp_path) == ["folder"]
+    assert status == 0 and len(outcomes) > 5
+    assert outcomes[0] == ["old0", "old1"] and outcomes[-1] == ["new0", "new1"]
+    assert all(outcome in (outcomes[0], outcomes[-1]) for outcome in outcomes)
+
+
+@posix_only
+def test_a_link_to_a_folder_is_replaced(tmp_path):
+    """Catches a replacement that empties the folder that a link points to."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    (tmp_path / "link").symlink_to("precious")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert names(tmp_path) == ["link", "precious"] and names(tmp_path / "precious") == ["file"]
+    assert not (tmp_path / "link").is_symlink() and names(tmp_path / "link") == ["new"]
 
 
 def test_removing_a_folder(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,10 +146,14 @@ def evaluate(
         predictions=predictions,
     )
     all_data = load_data(find_datasets(sources, data_root), split, reading_options)
-    folders = prepare_folders([data.name for data in all_data], output, resume, overwrite, accelerator)
-    models = load_models([model, *([compare_with] if compare_with else [])], device, dtype.value, accelerator)
-    for data, folder in zip(all_data, folders):
-        evaluation.measure(models, data, folder)
+    folders = name_folders([data.name for data in all_data], output)
+    with ExitStack() as locks:
+        open_folders(folders, resume, overwrite, accelerator, locks)
+        models = load_models([model, *([compare_with] if compare_with else [])], device, dtype.value, accelerator)
+        if overwrite and evaluation.is_main:
+            remove_drawings(folders)
+        for data, folder in zip(all_data, folders):
+            evaluation.measure(models, data, folder)
     if evaluation.is_main:
         print_reports(evaluation.reports, folders, per_class)
         for message in evaluation.broken:
@@ -262,7 +267,9 @@ def join_processes(device: str) -> "Accelerator | None":
     from accelerate import Accelerator
 
     from san_hf.devices import pick_device
+    from san_hf.launcher import end_with_launcher
 
+    end_with_launcher()
     if device not in ("auto", "cpu"):
         raise ValueError(f"Got --device {device} for several processes: each has its own, leave the option out.")
     # Accelerate joins processes without a GPU only if it is told that CPUs are meant. The precision is --dtype's,
@@ -320,21 +327,27 @@ def find_datasets(sources: Sequence[str], root: Path | None) -> list[str]:
     return found
 
 
-def prepare_folders(
-    names: Sequence[str], output: Path, resume: bool, overwrite: bool, accelerator: "Accelerator | None"
-) -> list[Path]:
-    """The folder of each data set's results, checked by all processes before the first of them writes."""
-    folders = name_folders(names, output)
+def open_folders(
+    folders: Sequence[Path], resume: bool, overwrite: bool, accelerator: "Accelerator | None", locks: ExitStack
+) -> None:
+    """Makes the results' folders, locked while `locks` is open; all are checked before the first is written to."""
+    from san_hf.evaluation.resume import evaluation_lock
+
     for folder in folders:
         check_folder(folder, resume, overwrite)
     if accelerator is not None:
         accelerator.wait_for_everyone()
-    if overwrite and (accelerator is None or accelerator.is_main_process):
+    if accelerator is None or accelerator.is_main_process:
         for folder in folders:
-            # What this run may not replace; evaluate and write_results replace the rest.
-            (folder / PICTURES_FILE).unlink(missing_ok=True)
-            shutil.rmtree(folder / COMPARED_FOLDER, ignore_errors=True)
-    return folders
+            folder.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(evaluation_lock(folder))
+
+
+def remove_drawings(folders: Sequence[Path]) -> None:
+    """What this run may not replace; evaluate and write_results replace the rest."""
+    for folder in folders:
+        (folder / PICTURES_FILE).unlink(missing_ok=True)
+        shutil.rmtree(folder / COMPARED_FOLDER, ignore_errors=True)
 
 
 def name_folders(names: Sequence[str], output: Path) -> list[Path]:

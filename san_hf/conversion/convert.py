@@ -2,6 +2,8 @@
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,9 +11,10 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from san_hf.cards import load_facts, render_card
-from san_hf.files import new_file, new_folder
+from san_hf.files import DISK_ERRORS, new_file, new_folder, remove_leftovers
 from san_hf.loading import ModelError, load_complete
-from san_hf.messages import join_some
+from san_hf.locks import locked
+from san_hf.messages import join_some, one_line
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 
 from .keys import ATTENTION_MASK, EMPTY_WEIGHT, LOGIT_SCALE, layout
@@ -59,45 +62,100 @@ def convert_checkpoint(
         FileExistsError: `output` is there already.
         ConversionError: a file that can't be read, a configuration that is needed or doesn't fit, keys that are
             missing or left over, wrong shapes. The message names them.
+        OSError: it can't be written. What was there before is unchanged.
+        san_hf.locks.InUseError: another conversion writes to it.
     """
     source, output = Path(source), Path(output).resolve()
-    check_output(output, overwrite, source)
-    with new_folder(output) as folder:
-        original = read_original(source)
-        recognized = None
-        if config is None:
-            recognized = release or recognize_release(original)
-            config = recognized.config()
-        elif not isinstance(config, SANConfig):
-            config = read_config(config)
-        if config.vocabulary_size:
-            raise ConversionError(
-                f"The configuration carries a vocabulary of {config.vocabulary_size} classes, which the original's "
-                "layout has no place for. Convert with vocabulary_size 0, then call model.set_vocabulary."
-            )
-        try:
-            state_dict = convert_state_dict(original, config, dtype)
-        except ConversionError as error:
-            raise ConversionError(f"'{source}' doesn't fit the configuration. {error}") from error
-
-        with torch.device("meta"):
-            model = SANForSemanticSegmentation(config)
-        model.load_state_dict(state_dict, strict=True, assign=True)
-        model.save_pretrained(folder)
-        build_processor(config).save_pretrained(folder)
-        with source.open("rb") as file:
-            checksum = sha_fileobj(file).hex()
-        render_card(
-            load_facts(recognized.name) if recognized else {"title": output.name},
-            model_id=output.name,
-            provenance=(
-                f"Converted from `{source.name}` (SHA-256 `{checksum}`)"
-                + (f" of the Hub repository [{HUB_REPO}](https://huggingface.co/{HUB_REPO})" if release else "")
-                + f", stored here as {str(dtype).removeprefix('torch.')}."
-            ),
-            facts_are_of_these_weights=release is not None or recognized is None,
-        ).save(folder / "README.md")
+    with writing_to(output):
+        check_output(output, overwrite, source)
+        with new_folder(output) as folder:
+            _write_model(source, folder, config, dtype, release, model_id=output.name)
     return output
+
+
+def _write_model(
+    source: Path,
+    folder: Path,
+    config: SANConfig | str | Path | None,
+    dtype: torch.dtype,
+    release: Release | None,
+    model_id: str,
+) -> None:
+    original = read_original(source)
+    recognized = None
+    if config is None:
+        recognized = release or recognize_release(original)
+        config = recognized.config()
+    elif not isinstance(config, SANConfig):
+        config = read_config(config)
+    if config.vocabulary_size:
+        raise ConversionError(
+            f"The configuration carries a vocabulary of {config.vocabulary_size} classes, which the original's "
+            "layout has no place for. Convert with vocabulary_size 0, then call model.set_vocabulary."
+        )
+    try:
+        state_dict = convert_state_dict(original, config, dtype)
+    except ConversionError as error:
+        raise ConversionError(f"'{source}' doesn't fit the configuration. {error}") from error
+
+    model = build_empty(config)
+    model.load_state_dict(state_dict, strict=True, assign=True)
+    model.save_pretrained(folder)
+    build_processor(config).save_pretrained(folder)
+    with source.open("rb") as file:
+        checksum = sha_fileobj(file).hex()
+    render_card(
+        load_facts(recognized.name) if recognized else {"title": model_id},
+        model_id=model_id,
+        provenance=(
+            f"Converted from `{source.name}` (SHA-256 `{checksum}`)"
+            + (f" of the Hub repository [{HUB_REPO}](https://huggingface.co/{HUB_REPO})" if release else "")
+            + f", stored here as {str(dtype).removeprefix('torch.')}."
+        ),
+        facts_are_of_these_weights=release is not None or recognized is None,
+    ).save(folder / "README.md")
+
+
+@contextmanager
+def writing_to(output: Path) -> Iterator[None]:
+    """
+    One conversion at a time writes to a file or folder, and says what keeps it from writing.
+
+    Args:
+        output: absolute.
+
+    Raises:
+        san_hf.locks.InUseError: another one writes to it.
+        OSError: the disk is full, or refuses; the message names it.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with locked(output.with_name(f".{output.name[:200]}.lock"), f"A conversion to '{output}'"):
+            # What a killed one has left, which may be the old folder under another name.
+            remove_leftovers(output.parent)
+            yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise OSError(f"'{output}' can't be written: {one_line(error)}. Make room, or choose another place.") from error
+
+
+def build_empty(config: SANConfig) -> SANForSemanticSegmentation:
+    """
+    A model without values.
+
+    Raises:
+        ConversionError: the configuration describes none that can be built.
+    """
+    try:
+        with torch.device("meta"):
+            return SANForSemanticSegmentation(config)
+    # Sizes that don't fit make torch and Transformers fail in ways of their own.
+    except Exception as error:
+        raise ConversionError(
+            f"The configuration describes no model that can be built: {one_line(error)} ({type(error).__name__}). "
+            "Expected the one that the checkpoint was trained with."
+        ) from error
 
 
 def export_checkpoint(
@@ -151,8 +209,7 @@ def export_checkpoint(
         key: tensor.to("cpu", torch.float32 if key == LOGIT_SCALE else dtype or model.dtype)
         for key, tensor in original.items()
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(output) as file:
+    with writing_to(output), new_file(output) as file:
         torch.save({"model": original}, file)
     return output
 
@@ -165,8 +222,7 @@ def convert_state_dict(
     Raises:
         ConversionError: keys that are missing or left over, shapes or types that don't fit; the message names them.
     """
-    with torch.device("meta"):
-        expected = SANForSemanticSegmentation(config).state_dict()
+    expected = build_empty(config).state_dict()
     converted: dict[str, torch.Tensor] = {}
     missing, misshapen = [], []
     for entry in layout(config):

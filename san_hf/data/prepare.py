@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from san_hf.files import remove_leftovers
+from san_hf.locks import InUseError, locked
 from san_hf.messages import join_some, one_line
 
 from .benchmarks import BENCHMARKS, Benchmark, Source
@@ -62,6 +61,7 @@ def prepare_benchmark(
     Raises:
         DataError: files are missing or wrong (they are named), their number is, or the output can't be written.
             Finished shards are kept.
+        san_hf.locks.InUseError: another process prepares it.
     """
     benchmark = _find_benchmark(name)
     splits = _check_splits(benchmark, splits)
@@ -79,6 +79,8 @@ def prepare_benchmark(
             write_shards(shards, workers or os.cpu_count() or 1, progress)
             metadata = describe(benchmark, sources, shards, allow_incomplete)
             publish(staging, output, shards, metadata)
+    except InUseError:
+        raise
     except OSError as error:
         raise DataError(
             f"Can't write to '{output}': {one_line(error)}. What is finished is kept: run this again when the "
@@ -160,15 +162,12 @@ def _staging(output: Path) -> Iterator[Path]:
     """The folder that holds what isn't finished yet, for one process at a time."""
     staging = output / STAGING_FOLDER
     staging.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(staging / "lock", timeout=0):
-            # A run that was killed while it published left its data there.
-            if (output / "data").is_dir():
-                os.replace(output / "data", staging / "data")
-            (staging / "data").mkdir(exist_ok=True)
-            for folder in (staging, staging / "data"):
-                remove_leftovers(folder)
-            yield staging
-    except Timeout as error:
-        raise DataError(f"Another process is writing to '{output}'. Wait for it, or end it.") from error
-    shutil.rmtree(staging)
+    with locked(staging / "lock", f"Preparing '{output}'"):
+        # A run that was killed while it published left its data there.
+        if (output / "data").is_dir():
+            os.replace(output / "data", staging / "data")
+        (staging / "data").mkdir(exist_ok=True)
+        for folder in (staging, staging / "data"):
+            remove_leftovers(folder)
+        yield staging
+        shutil.rmtree(staging)

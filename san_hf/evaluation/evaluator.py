@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,20 @@ from accelerate.utils import gather_object
 from datasets import IterableDataset
 
 from san_hf.data import DataError, SegmentationDataset
+from san_hf.data.fingerprint import Fingerprint
 from san_hf.devices import OUT_OF_MEMORY
 from san_hf.evaluation.batches import BrokenExample, Example, ShapeBatches, computed_ahead, rows
 from san_hf.evaluation.metrics import ConfusionMatrixMetrics, Results
 from san_hf.evaluation.pictures import KeptExample, KeptExamples, draw_examples
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
-from san_hf.evaluation.resume import EvaluationError, EvaluationState, StateFile, model_checksum, writing_to
+from san_hf.evaluation.resume import (
+    EvaluationError,
+    EvaluationState,
+    StateFile,
+    evaluation_lock,
+    model_checksum,
+    writing_to,
+)
 from san_hf.inference import Predictor, Vocabulary
 from san_hf.inference.predictor import evaluation_mode
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
@@ -139,6 +147,7 @@ def evaluate(
         DataError: an example that can't be used, unless those are skipped. The state is saved before.
         EvaluationError: nothing to go on from that fits, no image at all, a model whose outputs aren't finite, too
             little memory, or a folder that can't be written.
+        san_hf.locks.InUseError: another evaluation writes to that folder.
     """
     settings = EvaluationOptions(**options)
     with evaluation_mode(model):
@@ -176,23 +185,29 @@ class _Process:
         self.stop = 2**62 if self.total is None else self.total
         self.ids = category_ids(data.class_names)
         self.folder = None if options.output is None else Path(options.output)
+        if self.folder is not None:
+            self.fingerprint = Fingerprint(data)
         self.state = EvaluationState(self._new_metrics(options.boundary), self._new_kept())
         self.file: StateFile | None = None
         self.writer: PredictionWriter | None = None
 
     def run(self) -> Evaluation:
-        if self.folder is not None:
-            self._open(self.folder)
-        try:
-            self._count_images()
-            self._save()
-        finally:
-            if self.writer is not None:
-                self.writer.close()
-        self._wait()
-        if self.folder is not None and self.writer is not None:
-            self._merge_predictions(self.folder)
-        return self._collect()
+        with ExitStack() as stack:
+            if self.folder is not None:
+                self._open(self.folder, stack)
+            try:
+                self._count_images()
+                self._save()
+            except BaseException:
+                self._forget_start()
+                raise
+            finally:
+                if self.writer is not None:
+                    self.writer.close()
+            self._wait()
+            if self.folder is not None and self.writer is not None:
+                self._merge_predictions(self.folder)
+            return self._collect()
 
     def _new_metrics(self, boundary: bool) -> ConfusionMatrixMetrics:
         device = self.predictor.model.device
@@ -205,11 +220,13 @@ class _Process:
         order = np.random.default_rng(options.seed).permutation(self.stop).tolist() if options.pictures else []
         return KeptExamples(max(options.worst, options.pictures), options.pictures, order, options.keep)
 
-    def _open(self, folder: Path) -> None:
-        """Makes the output ready, for a new evaluation or to go on with one."""
+    def _open(self, folder: Path, stack: ExitStack) -> None:
+        """Makes the output ready, for a new evaluation or to go on with one; locked while `stack` is open."""
         with writing_to(folder):
             progress = folder / PROGRESS_FOLDER
             if self.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(evaluation_lock(folder))
                 if not self.options.resume:
                     shutil.rmtree(progress, ignore_errors=True)
                 progress.mkdir(parents=True, exist_ok=True)
@@ -219,8 +236,29 @@ class _Process:
             self._wait()
             self.file = StateFile(progress / f"{self.rank}.pt", self._settings())
             self.file.load(self.state)
+            if self.state.examples != self._fingerprint_of_done():
+                raise EvaluationError(
+                    f"'{folder}' is of other images: of those that were counted already, some have changed. Evaluate "
+                    "from the start, without resuming."
+                )
             if self.options.predictions and not (folder / PREDICTIONS_FILE).exists():
-                self.writer = PredictionWriter(progress / f"{self.rank}.jsonl", self.state.predictions_size)
+                state = self.state
+                self.writer = PredictionWriter(
+                    progress / f"{self.rank}.jsonl", state.predictions_size, state.predictions_checksum
+                )
+
+    def _fingerprint_of_done(self) -> str | None:
+        done = range(self.rank, self.rank + self.state.done * self.world, self.world)
+        return self.fingerprint.of_examples(done) if self.state.done else None
+
+    def _forget_start(self) -> None:
+        """Where nothing was counted yet, nothing refuses another attempt."""
+        if self.folder is not None and not self.state.done:
+            progress = self.folder / PROGRESS_FOLDER
+            for name in (f"{self.rank}.pt", f"{self.rank}.jsonl"):
+                (progress / name).unlink(missing_ok=True)
+            with suppress(OSError):  # other processes have counted something
+                progress.rmdir()
 
     def _settings(self) -> dict[str, Any]:
         """All that the state depends on."""
@@ -231,9 +269,7 @@ class _Process:
             "batch size": options.batch_size,
             "data set": [data.name, data.split, self.total, list(data.class_names), data.ignore_index],
             "label shift": data.label_shift,
-            # Of the files' paths, or of the cache that they were read into, and the columns: it is the same in
-            # another process. Streams have none.
-            "fingerprint of the data set": None if self.streamed else data.dataset._fingerprint,
+            "fingerprint of the data set": self.fingerprint.facts,
             "model": model_checksum(model, self.predictor.processor),
             "dtype": str(model.dtype),
             "expansion": options.expand,
@@ -316,6 +352,8 @@ class _Process:
         with writing_to(self.folder):
             if self.writer is not None:
                 self.state.predictions_size = self.writer.flush()
+                self.state.predictions_checksum = self.writer.checksum
+            self.state.examples = self._fingerprint_of_done()
             self.file.save(self.state)
 
     def _merge_predictions(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import heapq
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -48,20 +49,31 @@ class PredictionWriter:
     Args:
         path: of the file.
         size: what of it counts, in bytes, if an earlier run was interrupted; what follows is dropped.
+        checksum: of what counts.
+
+    Attributes:
+        checksum: of all that was written, as of `zlib.crc32`.
 
     Raises:
-        OSError: the file can't be written, or there is less of it than `size`.
+        OSError: the file can't be written, or what counts of it isn't what was written.
     """
 
-    def __init__(self, path: str | os.PathLike, size: int = 0):
+    def __init__(self, path: str | os.PathLike, size: int = 0, checksum: int = 0):
+        self.path, self.checksum = path, 0
         self.file = open(path, "r+b" if size else "wb")
-        if self.file.seek(0, os.SEEK_END) < size:
-            raise OSError(f"'{path}' has lost its end: evaluate again from the start.")
+        left = size
+        while left and (part := self.file.read(min(left, 1 << 22))):
+            left, self.checksum = left - len(part), zlib.crc32(part, self.checksum)
+        if left or self.checksum != checksum:
+            self.file.close()
+            problem = "has lost its end" if left else "is damaged: its checksum isn't that of what was written"
+            raise OSError(f"'{path}' {problem}. Evaluate again from the start.")
         self.file.truncate(size)
-        self.file.seek(size)
 
     def write(self, index: int, entries: list[dict]) -> None:
-        self.file.write(json_text([index, entries]).encode("utf-8") + b"\n")
+        line = json_text([index, entries]).encode("utf-8") + b"\n"
+        self.file.write(line)
+        self.checksum = zlib.crc32(line, self.checksum)
 
     def flush(self) -> int:
         """Sees to it that everything is on the disk; returns the file's size in bytes."""

@@ -3,7 +3,7 @@
 import io
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,12 @@ import torch
 from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.evaluation.pictures import KeptExamples
 from san_hf.files import write_file
+from san_hf.locks import InUseError, locked
 from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+
+
+CHECKSUM_SIZE = 8  # hexadecimal digits at the end of a state's file
 
 
 class EvaluationError(ValueError):
@@ -29,24 +33,28 @@ class EvaluationState:
         metrics: counts of pixels.
         kept: examples to draw, and the worst images.
         broken: index of each example that was left out, and what is wrong with it.
-        predictions_size: how many bytes of the process's predictions belong to the state.
+        predictions_size: how many bytes of the process's predictions belong to the state, and their checksum.
+        examples: fingerprint of the images and label maps that were seen.
     """
+
+    FACTS = ("done", "broken", "predictions_size", "predictions_checksum", "examples")
 
     def __init__(self, metrics: ConfusionMatrixMetrics, kept: KeptExamples):
         self.metrics, self.kept = metrics, kept
         self.done = 0
         self.broken: list[tuple[int, str]] = []
-        self.predictions_size = 0
+        self.predictions_size = self.predictions_checksum = 0
+        self.examples: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         metrics = {key: v.cpu() if torch.is_tensor(v) else v for key, v in self.metrics.state_dict().items()}
-        facts = {key: getattr(self, key) for key in ("done", "broken", "predictions_size")}
+        facts = {key: getattr(self, key) for key in self.FACTS}
         return facts | {"metrics": metrics, "kept": self.kept.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.metrics.load_state_dict(state["metrics"])
         self.kept.load_state_dict(state["kept"])
-        for key in ("done", "broken", "predictions_size"):
+        for key in self.FACTS:
             setattr(self, key, state[key])
 
 
@@ -66,25 +74,27 @@ class StateFile:
         content = io.BytesIO()
         # torch.save into a file would turn a full disk's error into one of its own.
         torch.save({"settings": self.settings, "state": state.state_dict()}, content)
-        write_file(self.path, content.getvalue())
+        write_file(self.path, content.getvalue() + _checksum(content.getvalue()))
 
     def load(self, state: EvaluationState) -> None:
         """
         Goes on from the file, if there is one.
 
         Raises:
-            EvaluationError: the file can't be read, or is of other settings.
+            EvaluationError: the file can't be read, is damaged, or is of other settings.
         """
         if not self.path.exists():
             return
         try:
-            saved = torch.load(self.path, map_location="cpu", weights_only=True)
-            settings = saved["settings"]
-        # Broken files make torch fail in ways of its own.
-        except Exception as error:
+            content = self.path.read_bytes()
+            if _checksum(content[:-CHECKSUM_SIZE]) != content[-CHECKSUM_SIZE:]:
+                raise ValueError("its checksum isn't that of what was written")
+            saved = torch.load(io.BytesIO(content[:-CHECKSUM_SIZE]), map_location="cpu", weights_only=True)
+        except (OSError, ValueError) as error:
             raise EvaluationError(
-                f"'{self.path}' can't be read: {one_line(error)}. Evaluate from the start, without resuming."
+                f"'{self.path}' is damaged: {one_line(error)}. Evaluate from the start, without resuming."
             ) from error
+        settings = saved["settings"]
         for name, value in self.settings.items():
             if settings.get(name) != value:
                 was, now = (f"{setting!s:.100}" for setting in (settings.get(name), value))
@@ -94,6 +104,10 @@ class StateFile:
                     "options, or evaluate from the start, without resuming."
                 )
         state.load_state_dict(saved["state"])
+
+
+def _checksum(content: bytes) -> bytes:
+    return b"%08x" % zlib.crc32(content)
 
 
 def model_checksum(model: SANForSemanticSegmentation, processor: SANProcessor) -> str:
@@ -106,6 +120,11 @@ def model_checksum(model: SANForSemanticSegmentation, processor: SANProcessor) -
     return f"{checksum:08x}"
 
 
+def evaluation_lock(folder: Path) -> AbstractContextManager[None]:
+    """One evaluation at a time writes to a folder, which exists; see [`locked`]."""
+    return locked(folder / ".lock", f"An evaluation in '{folder}'")
+
+
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
     """
@@ -114,6 +133,8 @@ def writing_to(folder: Path) -> Iterator[None]:
     """
     try:
         yield
+    except InUseError:
+        raise
     except OSError as error:
         raise EvaluationError(
             f"Can't write to '{folder}': {one_line(error)}. The state that was saved before is kept: resume from it "

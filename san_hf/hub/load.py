@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub import constants, hf_hub_download
 
 from san_hf.conversion import HUB_REPO, RELEASES, Release, convert_checkpoint
+from san_hf.files import remove_leftovers
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.loading import ModelError, load_complete
+from san_hf.locks import locked
 from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.version import __version__
@@ -136,9 +137,18 @@ def _converted(release: Release, cache_dir, revision, token, local_files_only) -
     # differently, and brings other code for the folder.
     root = Path(cache_dir or constants.HF_HOME) / "san_hf"
     folder = root / f"{checkpoint.parent.name}-{__version__}" / release.name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A conversion appears all at once, so that its presence means that it is complete.
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.is_dir():
-            convert_checkpoint(checkpoint, folder, release=release)
+    # A conversion appears all at once, so that its presence means that it is complete; then nothing is written.
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.with_suffix(".lock"), f"Converting '{release.name}'", wait=True):
+            remove_leftovers(folder.parent)
+            if not folder.is_dir():
+                convert_checkpoint(checkpoint, folder, release=release)
+    except OSError as error:
+        raise OSError(
+            f"'{release.name}' has to be converted once, but '{root}' can't be written: {one_line(error)}. Make room, "
+            f"give another cache_dir, or run `san-hf convert {checkpoint} FOLDER` and give that folder."
+        ) from error
     return folder

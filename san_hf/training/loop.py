@@ -1,6 +1,7 @@
 """The training loop: `train` reads from top to bottom as the method does."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from san_hf.data import DataError
 
 from .config import TrainingConfig
 from .errors import PeerError, TrainingError
+from .folder import RunFolder
 from .processes import Stopped, StopRequest
 from .run import Run
 from .run_log import Clock
@@ -38,10 +40,12 @@ def train(config: TrainingConfig, resume: bool = False) -> Path | None:
         ConfigError: the configuration can't be used, or is not that of the run to be resumed.
         DataError: the data can't be used; the message names the example.
         TrainingError: a loss that isn't finite, or an output folder that can't be written.
-        CheckpointError: a checkpoint that can't be written or read.
+        CheckpointError: a checkpoint that can't be written, or is damaged.
+        san_hf.locks.InUseError: another process trains in that folder.
     """
-    run = Run(config, resume)
-    with StopRequest() as stop, run.open_log() as log:
+    with RunFolder(config) as folder, ExitStack() as stack:
+        run = Run(config, folder, resume)
+        stop, log = stack.enter_context(StopRequest()), stack.enter_context(run.open_log())
         log.say(run.describe())
         batches = iter(run.loader)
         clock = Clock(config.training.batch_size, run.steps - run.step)

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 import uuid
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,27 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 
 from san_hf.data import SegmentationDataset, load_segmentation_dataset
+from san_hf.data.fingerprint import Fingerprint
 from san_hf.evaluation.evaluator import Evaluation, evaluate
 from san_hf.evaluation.pictures import draw_kept
-from san_hf.files import new_file, remove_leftovers
+from san_hf.files import new_file
 from san_hf.hub import push_to_hub, save_pretrained
 from san_hf.inference import Vocabulary
-from san_hf.messages import join_some, one_line
+from san_hf.launcher import end_with_launcher
+from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation
 
 from .augmentation import TrainingTransform
-from .checkpoint import list_checkpoints, read_progress, save_checkpoint
+from .checkpoint import list_checkpoints, load_checkpoint, note_evaluation, save_checkpoint
 from .collator import SegmentationCollator
-from .config import ConfigError, TrainingConfig, changes
-from .config_file import save_config
+from .config import ConfigError, TrainingConfig
 from .errors import TrainingError
+from .folder import RunFolder
 from .model import build_model, set_vocabulary, trains_text
 from .optimization import parameter_groups, polynomial_schedule
 from .processes import check_launch, new_shared_folder, on_main_process, whole_model
-from .run_log import RunLog, check_trackers, truncate_log
+from .run_log import RunLog, check_trackers
 from .stream import SampleStream, build_loader
-
-
-CONFIG_FILE = "config.yaml"
 
 
 class Run:
@@ -42,7 +42,8 @@ class Run:
 
     Args:
         config: see [`TrainingConfig`].
-        resume: whether to go on with the run in `config.output`.
+        folder: of the run, not opened yet.
+        resume: whether to go on with the run in it.
 
     Attributes:
         accelerator, config, output: what trains, how, and where to.
@@ -58,13 +59,14 @@ class Run:
         ConfigError, DataError, TrainingError, CheckpointError: see [`san_hf.training.loop.train`].
     """
 
-    def __init__(self, config: TrainingConfig, resume: bool):
+    def __init__(self, config: TrainingConfig, folder: RunFolder, resume: bool):
         self.config = config
-        self.output = Path(config.output).expanduser()
+        self.output = folder.path
         check_trackers(config.logging.trackers)
+        end_with_launcher()
         self.accelerator = self._start_accelerator()
         check_launch(self.accelerator, config)
-        progress = on_main_process(self.accelerator, lambda: self._open_output(resume))
+        progress = on_main_process(self.accelerator, lambda: folder.open(resume))
         set_seed(config.seed)
 
         self.data, self.validation = self._load_data()
@@ -101,13 +103,18 @@ class Run:
         self._vocabulary: Vocabulary | None = None
 
         if progress is None:
-            progress = {"step": 0, "evaluated": 0, "best": None, "run": uuid.uuid4().hex[:8]}
+            self.progress: dict[str, Any] = {"step": 0, "evaluated": 0, "best": None, "run": uuid.uuid4().hex[:8]}
         else:
-            self.accelerator.load_state(str(list_checkpoints(self.output)[-1]))
-        self.progress: dict[str, Any] = progress
+            self.progress = progress
+            on_main_process(self.accelerator, self._check_data)
+            load_checkpoint(self.accelerator, list_checkpoints(self.output)[-1])
         self.progress["config"] = config.model_dump()
-        self.progress["data"] = self._data_fingerprint()
         self.saved = self.step
+        self._lost_steps = on_main_process(self.accelerator, lambda: folder.begin(progress))
+
+    @cached_property
+    def _fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.data)
 
     @property
     def step(self) -> int:
@@ -141,6 +148,7 @@ class Run:
             self.progress["run"],
             self.step,
             self.steps,
+            evaluates_again=self.evaluates_now,
         )
         return self.log
 
@@ -154,12 +162,15 @@ class Run:
             f"({data.split}), {len(data.class_names)} classes; {self.trainable:,} trainable parameters; "
             f"{accelerator.device.type}{processes}, precision {accelerator.mixed_precision}; "
             f"{self.steps} steps of {config.training.batch_size} images"
+            + (f". The log lacks {self._lost_steps} of the steps taken before" if self._lost_steps else "")
         )
 
     def save(self) -> None:
         """Writes a checkpoint."""
         self.log.flush()
         self.progress["epoch_length"] = self.stream.epoch_length
+        if self.accelerator.is_main_process:
+            self.progress["data"] = self._data_facts(self.step)
         save_checkpoint(self.accelerator, self.output, self.progress, self.config.checkpoints.keep)
         self.saved = self.step
 
@@ -189,10 +200,15 @@ class Run:
         self.progress["evaluated"] = self.step
         if is_best:
             self.progress["best"] = {"step": self.step, "mIoU": miou}
+            if self.trains_text:
+                set_vocabulary(model, self.processor, self.data.class_names)
             self._save_model(self.output / "best", model, self._card_facts(validation, results.metrics))
         log.evaluation(self.step, results.metrics, time.perf_counter() - started, is_best)
         if drawn:
             on_main_process(self.accelerator, lambda: self._draw(results, drawn, validation, log))
+        # Everything that tells of it is written: a resumed run makes no second one.
+        log.flush()
+        on_main_process(self.accelerator, lambda: note_evaluation(list_checkpoints(self.output)[-1], self.progress))
 
     def finish(self, log: RunLog) -> Path:
         """Writes the final model, and pushes it."""
@@ -203,10 +219,7 @@ class Run:
         folder, repository = self.output / "final", self.config.hub.repo
         self._save_model(folder, model, facts)
         log.say(f"Wrote {folder}.")
-        if best := self.progress["best"]:
-            log.say(
-                f"Best on the validation data: step {best['step']}, mIoU {best['mIoU']:.2f}, in {self.output / 'best'}."
-            )
+        log.say(self._describe_best())
         if repository is not None:
             on_main_process(self.accelerator, lambda: self._push(repository, folder, model, facts))
             log.say(f"Pushed to {repository}.")
@@ -228,40 +241,6 @@ class Run:
                 f"Accelerate can't begin, with training.mixed_precision={precision}: {one_line(error)}."
             ) from error
 
-    def _open_output(self, resume: bool) -> dict[str, Any] | None:
-        """Makes the run's folder ready: for a new run, or (its last checkpoint's progress is returned) to go on."""
-        config, output, progress = self.config, self.output, None
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            for folder in (output, output / "checkpoints", output / "pictures"):
-                remove_leftovers(folder)
-            present = sorted(path.name for path in output.iterdir())
-            if present and not resume:
-                raise TrainingError(
-                    f"The output folder '{output}' is not empty: it has {', '.join(present[:5])}"
-                    f"{' ...' if len(present) > 5 else ''}. Continue its run with --resume, or choose another output."
-                )
-            if present and CONFIG_FILE not in present:
-                raise TrainingError(
-                    f"'{output}' holds no run to resume: there is no {CONFIG_FILE}, but {join_some(present, 5)}."
-                )
-            if checkpoints := list_checkpoints(output):
-                progress = read_progress(checkpoints[-1])
-                if different := changes(progress["config"], config.model_dump()):
-                    listed = "".join(f"\n  {key}: was {old!r}, is {new!r}" for key, (old, new) in different.items())
-                    raise ConfigError(
-                        f"The run in '{output}' was started with another configuration:{listed}\nResume it with "
-                        f"--config {output / CONFIG_FILE}, or start a new run in another output."
-                    )
-            step, evaluated = (progress["step"], progress["evaluated"]) if progress else (0, 0)
-            truncate_log(output, step, evaluated)
-            save_config(config, output / CONFIG_FILE)
-        except (ConfigError, TrainingError):
-            raise
-        except OSError as error:
-            raise TrainingError(f"The output folder '{output}' can't be used: {one_line(error)}.") from error
-        return progress
-
     def _load_data(self) -> tuple[SegmentationDataset, SegmentationDataset | None]:
         section = self.config.data
         options: dict[str, Any] = {
@@ -280,10 +259,40 @@ class Run:
             return data, load_segmentation_dataset(section.source, section.validation_split, **options, **version)
         return data, load_segmentation_dataset(section.validation_source, section.validation_split, **options)
 
-    def _data_fingerprint(self) -> dict[str, Any]:
-        """Facts of the data that the order of the samples depends on."""
-        examples = None if not hasattr(self.data.dataset, "__len__") else len(self.data)
-        return {"examples": examples, "class_names": self.data.class_names}
+    def _describe_best(self) -> str:
+        if best := self.progress["best"]:
+            return (
+                f"Best on the validation data: step {best['step']}, mIoU {best['mIoU']:.2f}, in {self.output / 'best'}."
+            )
+        if self.validation is None:
+            return "There is no best/: data.validation_split is null, so that nothing was evaluated."
+        return (
+            "There is no best/: no pixel of the images evaluated, those of "
+            f"{self.validation.name} ({self.validation.split}), has a label, so that there is no mIoU."
+        )
+
+    def _data_facts(self, step: int) -> dict[str, Any]:
+        """What tells the data from others: of all examples their names, of those used in so many steps all."""
+        drawn = self.stream.drawn(self.config.training.batch_size * step)
+        facts = {**self._fingerprint.facts, "examples used so far": self._fingerprint.of_examples(drawn)}
+        if self.validation is not None and self.progress["evaluated"]:
+            facts["validation data"] = Fingerprint(self.validation).facts
+        return facts
+
+    def _check_data(self) -> None:
+        """
+        Raises:
+            ConfigError: the data aren't those that the run was started with.
+        """
+        now = self._data_facts(self.step)
+        # What an earlier version of this package did not note can't be compared.
+        for name, was in self.progress["data"].items():
+            if name in now and now[name] != was:
+                raise ConfigError(
+                    f"The data have changed since the run was started: {name} differ"
+                    + (f", they were {was!r:.200} and are {now[name]!r:.200} now" if was and now[name] else "")
+                    + ". Bring back the data as they were, or start a new run in another output."
+                )
 
     def _build_stream(self, progress: dict[str, Any] | None) -> SampleStream:
         config, data, accelerator = self.config, self.data, self.accelerator
@@ -292,12 +301,6 @@ class Run:
             raise ConfigError(
                 f"training.batch_size ({config.training.batch_size}) gives {batch_size} images at a time for "
                 f"{accelerator.num_processes} processes: expected at least one for each."
-            )
-        if progress is not None and progress["data"] != (now := self._data_fingerprint()):
-            raise ConfigError(
-                f"The data have changed since the run was started: it had {progress['data']['examples']} examples and "
-                f"the classes {progress['data']['class_names']!r:.200}, there are now {now['examples']} and "
-                f"{data.class_names!r:.200}. Start a new run in another output."
             )
         return SampleStream(
             data,

@@ -15,13 +15,16 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from san_hf.files import write_file
+from san_hf.files import json_text, write_file
 from san_hf.messages import one_line
 
 from .config import ConfigError, LoggingSection
+from .errors import TrainingError
 
 
 LOG_FILE = "log.jsonl"
+# What the console calls a part of the loss, and how its keys in the log begin: each supervised layer has one.
+LOSS_KINDS = {"class": "cross_entropy", "mask": "mask", "dice": "dice"}
 
 
 class RunLog:
@@ -36,6 +39,11 @@ class RunLog:
         run_id: names the run, also when it is resumed.
         step: the last step already taken; trackers drop what they have of later ones.
         steps: of the whole run.
+        evaluates_again: whether an evaluation follows that step that trackers may have already: it is dropped, too.
+
+    Raises:
+        ConfigError: a tracker can't be started.
+        OSError: the file can't be written.
     """
 
     def __init__(
@@ -47,6 +55,8 @@ class RunLog:
         run_id: str,
         step: int,
         steps: int,
+        *,
+        evaluates_again: bool = False,
     ):
         self.accelerator, self.logging, self.steps = accelerator, logging, steps
         self.file = None
@@ -54,20 +64,24 @@ class RunLog:
             self.file = (output / LOG_FILE).open("a", encoding="utf-8")
         if logging.trackers:
             options = {
-                "tensorboard": {"purge_step": step + 1},
+                "tensorboard": {"purge_step": step + (0 if evaluates_again else 1)},
                 "wandb": {"id": run_id, "resume": "allow", "name": output.resolve().name, "dir": str(output)},
             }
             try:
                 accelerator.init_trackers(
-                    logging.project,
-                    config=_flat(config),
-                    init_kwargs={name: options[name] for name in logging.trackers},
+                    logging.project, init_kwargs={name: options[name] for name in logging.trackers}
                 )
+                if accelerator.is_main_process:
+                    self._describe_run(_flat(config), step)
             except Exception as error:  # each tracker has errors of its own
                 raise ConfigError(
                     f"logging.trackers: {', '.join(logging.trackers)} can't be started: {one_line(error)}. Leave it "
                     "out, or, for wandb without an account or a network, set WANDB_MODE=offline."
                 ) from error
+        if evaluates_again and accelerator.is_main_process:  # what was dropped with the evaluation
+            for record in read_log(output):
+                if record["step"] == step and "validation" not in record:
+                    self._track_step(record)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -83,7 +97,7 @@ class RunLog:
     def step(self, record: dict[str, Any]) -> None:
         """One step: `step`, the losses, `learning_rate` and so on, all numbers."""
         self._write(record)
-        self._track({f"train/{key}": value for key, value in record.items() if key != "step"}, record["step"])
+        self._track_step(record)
         if record["step"] % self.logging.every == 0 or record["step"] in (1, self.steps):
             self.say(_step_line(record, self.steps))
 
@@ -91,7 +105,8 @@ class RunLog:
         """The metrics of an evaluation, in percent."""
         values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
         self._write({"step": step, "validation": values, "seconds": round(seconds, 2), "best": best})
-        self._track({f"validation/{key}": value for key, value in values.items() if value is not None}, step)
+        known = {f"validation/{key}": value for key, value in values.items() if value is not None}
+        self._track(known | {"validation/step": step}, step)
         shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items())
         self.say(f"step {step}/{self.steps}  validation: {shown}" + ("  (best so far)" if best else ""))
 
@@ -101,7 +116,7 @@ class RunLog:
             if tracker.name == "tensorboard":
                 tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
             else:
-                tracker.log_images({"validation": [picture]}, step=step)
+                tracker.log_images({"validation": [picture]}, step=max(step, tracker.tracker.step))
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -113,14 +128,38 @@ class RunLog:
         if self.file is not None:
             os.fsync(self.file.fileno())
 
+    def _describe_run(self, config: dict[str, Any], step: int) -> None:
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.store_init_configuration(config)
+                # An evaluation belongs to its step, whatever W&B has counted when a resumed run makes it.
+                for name in ("validation/*", "validation"):
+                    tracker.tracker.define_metric(name, step_metric="validation/step")
+            elif step == 0:
+                # Not store_init_configuration, which makes two more folders without any metric in them.
+                from torch.utils.tensorboard.summary import hparams
+
+                for summary in hparams(config, {}):
+                    tracker.tracker.file_writer.add_summary(summary)
+
     def _write(self, record: dict[str, Any]) -> None:
         if self.file is not None:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json_text(record) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise TrainingError(
+                    f"'{self.file.name}' can't be written: {one_line(error)}. Complete checkpoints are kept: remove "
+                    "the cause and continue with --resume."
+                ) from error
+
+    def _track_step(self, record: dict[str, Any]) -> None:
+        self._track({f"train/{key}": value for key, value in record.items() if key != "step"}, record["step"])
 
     def _track(self, values: dict[str, Any], step: int) -> None:
-        if self.logging.trackers:
-            self.accelerator.log(values, step=step)
+        for tracker in self.accelerator.trackers:
+            # W&B drops what comes for an earlier step than the last one.
+            tracker.log(values, step=max(step, tracker.tracker.step) if tracker.name == "wandb" else step)
 
 
 class Clock:
@@ -174,29 +213,71 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ConfigError(f"logging.trackers: {name} is not installed. Run: pip install {name}")
 
 
-def truncate_log(output: Path, step: int, evaluated: int) -> None:
-    """Drops from log.jsonl what came after a checkpoint, so that the resumed run can write it again."""
+def read_log(output: Path) -> list[dict[str, Any]]:
+    """
+    The records of a run's log.jsonl. The last line of a killed run, if it is cut short, is left out.
+
+    Raises:
+        TrainingError: a line is no record; the message names it.
+        OSError: the file can't be read.
+    """
     file = output / LOG_FILE
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    if not file.exists():
+        return []
+    *lines, rest = file.read_bytes().split(b"\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-        except ValueError:  # the last line of a killed run
-            break
-        if record["step"] <= (evaluated if "validation" in record else step):
-            kept.append(line + "\n")
-    write_file(file, "".join(kept))
+            record["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise TrainingError(
+                f"'{file}' is damaged in line {number}: expected a JSON object with a step. Delete that line, or the "
+                "whole file, and resume again: only the log loses by it."
+            ) from error
+        records.append(record)
+    return records
+
+
+def truncate_log(output: Path, step: int, evaluated: int) -> list[dict[str, Any]]:
+    """
+    Drops from log.jsonl what came after a checkpoint, so that the resumed run can write it again.
+
+    Returns:
+        What is kept.
+
+    Raises:
+        TrainingError, OSError: see [`read_log`].
+    """
+    kept = [record for record in read_log(output) if record["step"] <= (evaluated if "validation" in record else step)]
+    write_file(output / LOG_FILE, "".join(json_text(record) + "\n" for record in kept))
+    return kept
 
 
 def _step_line(record: dict[str, Any], steps: int) -> str:
-    parts = {"class": "cross_entropy", "mask": "mask", "dice": "dice"}
-    losses = ", ".join(f"{name} {record[f'loss_{key}']:.3f}" for name, key in parts.items())
+    loss, *parts = shown_losses(record)
+    losses = ", ".join(f"{name} {value:.3f}" for name, value in zip(LOSS_KINDS, parts))
     minutes, seconds = divmod(round(record["seconds_left"]), 60)
     return (
-        f"step {record['step']}/{steps}  loss {record['loss']:.3f} ({losses})  lr {record['learning_rate']:.2e}  "
+        f"step {record['step']}/{steps}  loss {loss:.3f} ({losses})  lr {record['learning_rate']:.2e}  "
         f"{record['images_per_second']:.1f} images/s  waiting {record['waiting_for_data']:.0%}  "
         f"{record['memory_gb']:.2f} GB  {minutes // 60}:{minutes % 60:02}:{seconds:02} left"
     )
+
+
+def shown_losses(record: Mapping[str, Any]) -> list[float]:
+    """
+    The loss, and its parts by kind, each over all supervised layers; rounded to three digits so that the parts still
+    sum up to the loss.
+    """
+    parts = [
+        round(sum(value for key, value in record.items() if key.startswith(f"loss_{kind}")), 3)
+        for kind in LOSS_KINDS.values()
+    ]
+    loss = round(record["loss"], 3)
+    largest = parts.index(max(parts))
+    parts[largest] = round(parts[largest] + loss - sum(parts), 3)
+    return [loss, *parts]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -54,6 +54,13 @@ class SampleStream:
         self.streaming = isinstance(data.dataset, datasets.IterableDataset)
         self.epoch_length = epoch_length if self.streaming else len(data)
 
+    def drawn(self, count: int) -> list[int]:
+        """Indices of the examples that are among the first `count` samples, each once; none of streamed data."""
+        if self.streaming:
+            return []
+        length = len(self.data)
+        return _permutation(self.seed, 0, length)[: min(count, length)].tolist()
+
     def __iter__(self) -> Iterator[list[tuple[int, int, dict[str, Any] | None]]]:
         samples = self._read() if self.streaming else self._draw()
         while True:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from filelock import FileLock
 from PIL import Image
 from scipy.io import savemat
 from typer.main import get_command
@@ -35,6 +35,7 @@ from san_hf.data import (
     shards,
 )
 from san_hf.data.benchmarks import ade20k_847, pascal_context_59
+from san_hf.locks import InUseError, locked
 from san_hf.vocabularies import load_vocabulary
 from tests.data.miniature_sets import (
     BUILDERS,
@@ -456,9 +457,19 @@ def test_full_disk(monkeypatch, ade, output):
 def test_two_at_once(ade, output):
     """Catches two runs that write the same files."""
     (output / ".unfinished").mkdir(parents=True)
-    with FileLock(output / ".unfinished" / "lock"):
-        with pytest.raises(DataError, match="Another process is writing to '.*set'"):
-            prepare_benchmark("ade20k-150", ade, output)
+    outcomes = []
+
+    def prepare():
+        try:
+            outcomes.append(prepare_benchmark("ade20k-150", ade, output, workers=1))
+        except InUseError as error:
+            outcomes.append(str(error))
+
+    with locked(output / ".unfinished" / "lock", "Something"):
+        thread = threading.Thread(target=prepare)
+        thread.start()
+        thread.join()
+    assert re.fullmatch(rf"Preparing '.*set' is under way already, by process {os.getpid()} on .*", outcomes[0])
     prepare_benchmark("ade20k-150", ade, output, workers=1)
 
 
