@@ -1,5 +1,6 @@
 from .convert import convert_checkpoint, convert_state_dict, export_checkpoint, export_state_dict
-from .original import ConversionError, read_original
+from .errors import ConversionError
+from .original import read_original
 from .releases import HUB_REPO, RELEASES, Release
 from .tokenizer import clip_tokenizer
 

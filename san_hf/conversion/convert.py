@@ -17,8 +17,9 @@ from san_hf.locks import locked
 from san_hf.messages import join_some, one_line
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 
+from .errors import ConversionError
 from .keys import ATTENTION_MASK, EMPTY_WEIGHT, LOGIT_SCALE, layout
-from .original import ConversionError, read_original
+from .original import read_original
 from .releases import HUB_REPO, RELEASES, Release
 from .tokenizer import CLIP_VOCABULARY_SIZE, clip_tokenizer
 

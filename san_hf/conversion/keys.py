@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from san_hf.conversion.original import ConversionError
 from san_hf.modeling import SANConfig
+
+from .errors import ConversionError
 
 
 # Stored by the original, but follow from something else: the class weights of its criterion, and the causal mask of

@@ -21,6 +21,7 @@ from san_hf.conversion import (
     export_state_dict,
     read_original,
 )
+from san_hf.conversion.convert import recognize_release
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANProcessor
 
 
@@ -187,6 +188,104 @@ def test_every_way_to_store_it(b16, tmp_path):
     expected = convert_state_dict(dict(half), b16.config())
     for file in files:
         assert equal(convert_state_dict(read_original(file), b16.config()), expected), file.name
+
+
+def to_mmsegmentation(original):
+    """The same tensors as mmsegmentation stores them, put down here a second time from its modules."""
+    renamed = {"decode_head.conv_seg.weight": torch.zeros(3, 8, 1, 1), "decode_head.conv_seg.bias": torch.zeros(3)}
+    deep = {"ln_1": "norms.0", "ln_2": "norms.1", "attn": "attentions.0.attn"}
+    deep |= {"mlp.c_fc": "ffns.0.layers.0.0", "mlp.c_proj": "ffns.0.layers.1"}
+    shallow = {"ln_1": "ln1", "ln_2": "ln2", "attn": "attn.attn", "mlp.c_fc": "ffn.layers.0.0"}
+    shallow["mlp.c_proj"] = "ffn.layers.1"
+    blocks = {"norm1": "ln1", "norm2": "ln2", "attn.qkv.": "attn.attn.in_proj_", "attn.proj": "attn.attn.out_proj"}
+    blocks |= {"mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
+    fixed = {
+        f"{VISION}.class_embedding": "image_encoder.cls_token",
+        f"{VISION}.positional_embedding": "image_encoder.pos_embed",
+        f"{VISION}.conv1.weight": "image_encoder.patch_embed.projection.weight",
+        f"{DEEP}.proj": "decode_head.rec_with_attnbias.proj.weight",
+        f"{SIDE}.vit_model.pos_embed": f"decode_head.{SIDE}.pos_embed",
+        f"{SIDE}.vit_model.patch_embed.proj.weight": f"decode_head.{SIDE}.patch_embed.projection.weight",
+        f"{SIDE}.vit_model.patch_embed.proj.bias": f"decode_head.{SIDE}.patch_embed.projection.bias",
+    }
+    for key, tensor in original.items():
+        name = fixed.get(key) or key
+        for start, new, parts in (
+            (f"{VISION}.resblocks.", "image_encoder.layers.", shallow),
+            (f"{DEEP}.resblocks.", "decode_head.rec_with_attnbias.layers.", deep),
+            (f"{TEXT}.transformer.resblocks.", "text_encoder.transformer.", deep),
+            (f"{SIDE}.vit_model.blocks.", f"decode_head.{SIDE}.encode_layers.", blocks),
+        ):
+            if key.startswith(start):
+                number, _, part = key.removeprefix(start).partition(".")
+                old = next(old for old in parts if part.startswith(old))
+                name = f"{new}{number}.{parts[old]}{part.removeprefix(old)}"
+        if key.startswith(f"{SIDE}.fusion_layers.layer_"):
+            number, part = key.removeprefix(f"{SIDE}.fusion_layers.layer_").split(".input_proj.")
+            name = f"decode_head.{SIDE}.conv_clips.{number}.{part.replace('1.', '1.conv.')}"
+        if name == key and key.startswith(f"{SIDE}."):
+            name = f"decode_head.{key}"
+        name = name.replace(f"{VISION}.ln_pre", "image_encoder.ln_pre").replace(f"{TEXT}.", "text_encoder.")
+        name = name.replace(f"{DEEP}.ln_post", "decode_head.rec_with_attnbias.ln_post")
+        if key == f"{VISION}.class_embedding":
+            tensor = tensor[None, None]
+        elif key == f"{VISION}.positional_embedding":
+            tensor = tensor[None]
+        elif key == f"{DEEP}.proj":
+            tensor = tensor.T
+        # Neither is in files that mmsegmentation itself has trained.
+        if key not in ("criterion.empty_weight", f"{TEXT}.attn_mask"):
+            renamed[name] = tensor
+    return renamed
+
+
+def test_layouts_that_others_hold(golden, tmp_path):
+    """Catches a prefix of DistributedDataParallel, or mmsegmentation's names and axes, that lead to other weights."""
+    original, config = golden.original_state_dict, golden.config()
+    expected = convert_state_dict(dict(original), config)
+    wrapped = {f"module.{key}": tensor for key, tensor in original.items()}
+    port = to_mmsegmentation(original)
+    assert not [key for key in port if not key.startswith(("image_encoder.", "text_encoder.", "decode_head."))]
+    for content in (
+        wrapped,
+        {"model": {f"module.{key}": tensor for key, tensor in wrapped.items()}},
+        port,
+        {"state_dict": port, "meta": {"epoch": 1}},
+        {"state_dict": {f"module.{key}": tensor for key, tensor in port.items()}},
+        {"state_dict": port | {key: original[key] for key in ("criterion.empty_weight",)}},
+    ):
+        assert equal(convert_state_dict(read_original(write(tmp_path / "x.pth", content)), config), expected)
+    with pytest.raises(ConversionError, match="twice, once as "):
+        read_original(write(tmp_path / "x.pth", wrapped | original))
+    with pytest.raises(ConversionError, match=r"Unknown keys: decode_head\.something"):
+        convert_state_dict(
+            read_original(write(tmp_path / "x.pth", port | {"decode_head.something": torch.ones(1)})), config
+        )
+
+
+def test_logits_of_mmsegmentations_layout(golden, tmp_path):
+    """Catches weights that are renamed so that they fit, and compute something else."""
+    file = write(tmp_path / "x.pth", {"state_dict": to_mmsegmentation(golden.original_state_dict)})
+    models = []
+    for number, source in enumerate((golden.checkpoint, file)):
+        folder = convert_checkpoint(source, tmp_path / str(number), golden.config())
+        models.append(SANForSemanticSegmentation.from_pretrained(folder).eval())
+    with torch.inference_mode():
+        ours, theirs = (model.model(golden.io["image"][None]) for model in models)
+    assert torch.equal(ours.masks_queries_logits, theirs.masks_queries_logits)
+    assert torch.equal(ours.mask_embeds, theirs.mask_embeds)
+
+
+@pytest.mark.parametrize("name", FULL_SIZES)
+def test_released_sizes_in_mmsegmentations_layout(name, tmp_path):
+    """Catches a layer of either size whose name in mmsegmentation leads nowhere, and sizes that are not recognised."""
+    shapes, _, _ = FULL_SIZES[name]
+    tensors = {key: torch.full((), 0.01).expand(shape) for key, shape in shapes.items()}
+    read = read_original(write(tmp_path / "full.pth", to_mmsegmentation(tensors)))
+    assert {key: tuple(tensor.shape) for key, tensor in read.items()} == {
+        key: shape for key, shape in shapes.items() if key not in ("criterion.empty_weight", f"{TEXT}.attn_mask")
+    }
+    assert recognize_release(read).name == name
 
 
 def test_strided_views(b16, tmp_path):

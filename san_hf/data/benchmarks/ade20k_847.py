@@ -1,10 +1,10 @@
 """ADE20K with 847 classes, the most frequent of over 3,000 objects."""
 
-import pickle
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from san_hf.data.errors import DataError
+from san_hf.pickles import Name, read_pickle
 
 from .base import Benchmark, Source
 
@@ -23,7 +23,9 @@ def find_images(source: Path, split: str, expected: int) -> list[Source]:
     sources = []
     for folder, name in zip(*read_ade_index(root / ADE_INDEX_FILE)):
         parts = PurePosixPath(folder).parts
-        if ".." in parts or PurePosixPath(folder).is_absolute() or PurePosixPath(name).name != name:
+        # Of Windows, too, where it isn't told by POSIX's rules.
+        foreign = ".." in parts or PurePosixPath(folder).is_absolute() or PurePosixPath(name).name != name
+        if foreign or set("\\:\0") & set(folder + name):
             raise DataError(f"'{root / ADE_INDEX_FILE}' names '{folder}/{name}', which is not below the data set.")
         fields = name.split("_")
         if ("validation" if len(fields) > 1 and fields[1] == "val" else "train") != split:
@@ -46,39 +48,19 @@ def read_ids(labels: Path, size: tuple[int, int]) -> "np.ndarray":
     return pixels[..., 0] // 10 * 256 + pixels[..., 1]
 
 
-class _Ignored:
-    """Stands for an array of ADE20K's index, whose contents aren't needed."""
-
-    def __init__(self, *args: Any):
-        pass
-
-    def __setstate__(self, state: Any):
-        pass
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """
-    Reads lists, dictionaries, strings and numbers. NumPy's arrays are passed over; whatever else a pickle asks to be
-    imported or called is refused, before it is.
-    """
-
-    _ARRAYS = {
-        (module, name)
-        for package in ("numpy.core", "numpy._core")
-        for module, name in (
-            (f"{package}.multiarray", "_reconstruct"),
-            (f"{package}.multiarray", "scalar"),
-            (f"{package}.numeric", "_frombuffer"),
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("_codecs", "encode"),
-        )
-    }
-
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in self._ARRAYS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which such an index has no use for")
-        return _Ignored
+# NumPy's arrays are passed over; an index has no use for anything else.
+_ARRAYS = {
+    Name(module, name)
+    for package in ("numpy.core", "numpy._core")
+    for module, name in (
+        (f"{package}.multiarray", "_reconstruct"),
+        (f"{package}.multiarray", "scalar"),
+        (f"{package}.numeric", "_frombuffer"),
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("_codecs", "encode"),
+    )
+}
 
 
 def read_ade_index(file: Path) -> tuple[list[str], list[str]]:
@@ -90,10 +72,15 @@ def read_ade_index(file: Path) -> tuple[list[str], list[str]]:
     """
     try:
         with open(file, "rb") as stream:
-            index = _IndexUnpickler(stream).load()
-    # What is no pickle makes the unpickler fail in many ways.
-    except Exception as error:
+            contents = read_pickle(stream)
+    except (OSError, ValueError) as error:
         raise DataError(f"'{file}' can't be read as ADE20K's index: {error}. Get it from ADE20K's owners.") from error
+    if foreign := sorted(contents.names - _ARRAYS):
+        raise DataError(
+            f"'{file}' can't be read as ADE20K's index: it asks for {foreign[0]}, which such an index has no use for. "
+            "Get it from ADE20K's owners."
+        )
+    index = contents.value
     lists: dict[str, list[str]] = {}
     for key in ("folder", "filename"):
         names = index.get(key) if isinstance(index, dict) else None
