@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import numpy as np
@@ -36,15 +38,10 @@ def load_image(source: "str | os.PathLike | Image.Image | np.ndarray | torch.Ten
     if file is not None and not os.path.isfile(file):
         raise ImageError("there is no such file")
     try:
-        with warnings.catch_warnings():
-            # Beyond its limit Pillow first warns, and refuses at twice of it.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with pixel_limit():
             return to_rgb(source)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against files made to fill the "
-            "memory: scale it down first"
-        ) from error
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
         empty = file is not None and not os.path.getsize(file)
         reason = "the file is empty" if empty else "not an image, or of a format Pillow can't read"
@@ -52,6 +49,26 @@ def load_image(source: "str | os.PathLike | Image.Image | np.ndarray | torch.Ten
     # A broken file makes Pillow's readers fail in many ways: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         raise ImageError(f"can't be read: {error or type(error).__name__}") from error
+
+
+@contextmanager
+def pixel_limit() -> Iterator[None]:
+    """
+    The same limit for all images that are opened in the block, of images and of labels: `PIL.Image.MAX_IMAGE_PIXELS`.
+
+    Raises:
+        ImageError: an image has more pixels; it has not been decoded.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Beyond its limit Pillow first warns, and refuses at twice of it.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ImageError(
+            f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against files made to fill the "
+            "memory: scale it down first"
+        ) from error
 
 
 def to_rgb(image: "str | os.PathLike | Image.Image | np.ndarray | torch.Tensor") -> Image.Image:

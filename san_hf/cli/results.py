@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from san_hf.cli.console import table_console
-from san_hf.evaluation.published import PUBLISHED_MODELS, reasons_not_comparable
+from san_hf.evaluation.published import PUBLISHED_MODELS, published_images, reasons_not_comparable
 from san_hf.files import json_text
 
 
@@ -58,6 +58,7 @@ def results(
         {
             "report": report,
             "comparison": compare(report, names),
+            "images": published_images(report.dataset, report.images),
             "not comparable": reasons_not_comparable(
                 report.dataset,
                 report.split,
@@ -89,6 +90,8 @@ def _print_table(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
         console.print(console_table(COMPARISON_HEADER[1:], [row[1:] for row in comparison_rows(entry["comparison"])]))
         if entry["not comparable"]:
             console.print(Text(_caution(entry["not comparable"])))
+        elif entry["images"]:
+            console.print(Text(entry["images"]))
         if per_class:
             console.print(console_table(*class_rows(entry["report"])))
         console.print()
@@ -102,7 +105,8 @@ def _print_markdown(entries: Sequence[Mapping[str, Any]], per_class: bool) -> No
             f"## {escape_markdown(_heading(entry['report']))}",
             markdown_table(COMPARISON_HEADER[1:], [row[1:] for row in comparison_rows(entry["comparison"])]),
         ]
-        parts += [escape_markdown(_caution(entry["not comparable"]))] if entry["not comparable"] else []
+        note = _caution(entry["not comparable"]) if entry["not comparable"] else entry["images"]
+        parts += [escape_markdown(note)] if note else []
         parts += [markdown_table(*class_rows(entry["report"]))] if per_class else []
         typer.echo("\n\n".join(parts) + "\n")
 
@@ -117,7 +121,8 @@ def _print_csv(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
             rows += [facts | row for row in entry["report"].per_class]
         else:
             rows += [
-                facts | row | {"not comparable": "; ".join(entry["not comparable"])} for row in entry["comparison"]
+                facts | row | {"images": entry["images"] or "", "not comparable": "; ".join(entry["not comparable"])}
+                for row in entry["comparison"]
             ]
     typer.echo(to_csv(rows), nl=False)
 

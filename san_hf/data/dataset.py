@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from san_hf.images import to_rgb
+from san_hf.images import pixel_limit, to_rgb
 from san_hf.messages import join_some
 
 from .errors import DataError
@@ -132,7 +132,8 @@ def _decode(value: Any) -> Any:
     if isinstance(value, dict):
         if value.get("bytes") == b"":
             raise ValueError("the file is empty")
-        return ImageFeature().decode_example(value)
+        with pixel_limit():
+            return ImageFeature().decode_example(value)
     return value
 
 

@@ -20,7 +20,7 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from san_hf.files import new_file
-from san_hf.images import to_rgb
+from san_hf.images import pixel_limit, to_rgb
 from san_hf.messages import join_some
 
 from .benchmarks import BENCHMARKS, Benchmark, Source
@@ -212,7 +212,7 @@ def _convert(source: Source, benchmark: Benchmark, table: np.ndarray) -> tuple[d
     """A row, and whether any of its pixels has a label."""
     ignore_index = benchmark.ignore_index
     data = source.image.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
+    with pixel_limit(), Image.open(io.BytesIO(data)) as image:
         image.load()
         turned = image.getexif().get(0x0112, 1) != 1
         upright = ImageOps.exif_transpose(image) if turned and benchmark.upright else image
@@ -223,7 +223,7 @@ def _convert(source: Source, benchmark: Benchmark, table: np.ndarray) -> tuple[d
             raise ValueError(f"its labels can't be read: {str(error) or type(error).__name__}") from error
         if ids.shape != size:
             raise ValueError(f"is {size[1]} x {size[0]} pixels, its labels {ids.shape[1]} x {ids.shape[0]}")
-        labels = table[np.clip(ids, 0, len(table) - 1)]
+        labels = table[np.where(ids < 0, len(table) - 1, np.minimum(ids, len(table) - 1))]
         if (wrong := labels == UNKNOWN).any():
             raise ValueError(f"its labels have the values {join_some(np.unique(ids[wrong]).tolist())}")
         smaller = _reduced_size(size, benchmark.shorter_side)

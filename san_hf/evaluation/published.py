@@ -42,6 +42,26 @@ def published_results(model: str, dataset: str) -> dict[str, float]:
     return {metric: row[name] for metric, (name, _) in SOURCES.items() if name in row}
 
 
+def published_images(dataset: str, num_images: int) -> str | None:
+    """
+    How a benchmark's published results and these differ in their images, in a sentence; `None` if they don't, or if
+    there is only one release of the set.
+
+    Args:
+        dataset: its name.
+        num_images: how many were counted.
+    """
+    benchmark = BENCHMARKS.get(dataset)
+    if benchmark is None or not benchmark.other_splits:
+        return None
+    # The released logs load 5,104 images of Pascal Context, for 59 and for 459 classes: those of the merged JSON file.
+    (name, splits), *_ = benchmark.other_splits.items()
+    published = f"the published results are of the {splits['validation']:,} images {name}"
+    if benchmark.release_of("validation", num_images) == name:
+        return f"Compared on the same images: {published}."
+    return f"Compared on other images: {published}, these of {num_images:,}."
+
+
 def reasons_not_comparable(
     dataset: str, split: str, num_images: int, class_names: Sequence[str], settings: Mapping[str, Any]
 ) -> list[str]:
@@ -59,11 +79,11 @@ def reasons_not_comparable(
     if dataset not in BENCHMARKS:
         return [f"nothing is published for {dataset}, only for {', '.join(BENCHMARKS)}"]
     reasons = []
-    expected = BENCHMARKS[dataset].splits["validation"]
+    benchmark = BENCHMARKS[dataset]
     if split not in ("validation", "val"):
         reasons.append(f"it is of the split {split}, published are results of validation")
-    elif num_images != expected:
-        reasons.append(f"it is of {num_images:,} images, the validation split has {expected:,}")
+    elif benchmark.release_of("validation", num_images) is None:
+        reasons.append(f"it is of {num_images:,} images, the validation split has {benchmark.counts_of('validation')}")
     own_names = load_vocabulary(dataset)
     if len(class_names) != len(own_names):
         reasons.append(f"it has {len(class_names)} classes, {dataset} has {len(own_names)}")

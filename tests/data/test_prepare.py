@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -250,6 +251,21 @@ def test_expected_counts(source, output):
     assert "Incomplete" in (output / "README.md").read_text(encoding="utf-8")
 
 
+def test_the_release_of_the_merged_json(monkeypatch, source, output):
+    """Catches a complete set that is refused because another release has more images, and a part that passes for it."""
+    expected = {split: len(images) for split, images in build_context_detail(source).items()}
+    more = {split: count + 1 for split, count in expected.items()}
+    name = "pascal-context-59"
+    assert BENCHMARKS[name].other_splits == {"of the merged JSON file": {"train": 4_996, "validation": 5_104}}
+    changed = replace(BENCHMARKS[name], splits=more, other_splits={"of the merged JSON file": expected})
+    monkeypatch.setitem(BENCHMARKS, name, changed)
+    metadata = prepare_benchmark(name, source, output, workers=1)
+    assert metadata["complete"] and metadata["splits"] == expected
+    monkeypatch.setitem(BENCHMARKS, name, replace(changed, other_splits={"of the merged JSON file": more}))
+    with pytest.raises(DataError, match=r"has 3 or 3 \(of the merged JSON file\) images in train, but '.*' 2\."):
+        prepare_benchmark(name, source, output.with_name("other"), workers=1)
+
+
 def test_one_split(source, output):
     """Catches a split that is asked for although the user hasn't downloaded it."""
     build_coco(source)
@@ -290,7 +306,7 @@ def test_wrong_files_are_named_and_the_rest_is_kept(ade, output):
     assert message.startswith("3 of the images or their labels are wrong: ")
     assert "ADE_train_00000001.jpg': Truncated File Read" in message
     assert "ADE_val_00000001.jpg': its labels have the values 151" in message
-    assert "ADE_val_00000002.jpg': is 30 x 20 pixels, its labels 29 x 20" in message
+    assert "ADE_val_00000002.jpg': its labels can't be read: they are 29 x 20 pixels, their image 30 x 20" in message
     assert set(contents(output)) - {".unfinished/lock"} == {f".unfinished/data/{SHARDS[1]}"}
     kept = (output / ".unfinished" / "data" / SHARDS[1]).stat()
 
@@ -318,7 +334,7 @@ def test_wrong_files_are_named_and_the_rest_is_kept(ade, output):
             build_context_459,
             "trainval/2008_000002.mat",
             lambda file: savemat(file, {"LabelMap": bands([0, 460], np.uint16)}),
-            "its labels have the values 460",
+            "its labels can't be read: has the values 460: expected integers, 0..459",
         ),
         (
             "pascal-context-459",
@@ -362,7 +378,7 @@ def test_wrong_annotations_of_detail(monkeypatch, source, output):
     """Catches a stack trace for an annotation file that is cut off or of another kind."""
     count_as_complete(monkeypatch, "pascal-context-59", build_context_detail(source))
     file = source / "trainval_merged.json"
-    for text, message in ((file.read_text()[:500], "is no JSON"), ('{"images": []}', "has no 'annos_segmentation'")):
+    for text, message in ((file.read_text()[:500], "is no JSON"), ('{"images": []}', "has no 'images' with")):
         pascal_context_59.read_detail.cache_clear()
         file.write_text(text)
         with pytest.raises(DataError, match=f"trainval_merged.json' {message}"):

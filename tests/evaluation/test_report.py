@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +13,12 @@ from typer.testing import CliRunner
 from san_hf.cli import app
 from san_hf.data.benchmarks import BENCHMARKS
 from san_hf.evaluation import ConfusionMatrixMetrics, read_results, write_results
-from san_hf.evaluation.published import PUBLISHED_MODELS, published_results, reasons_not_comparable
+from san_hf.evaluation.published import (
+    PUBLISHED_MODELS,
+    published_images,
+    published_results,
+    reasons_not_comparable,
+)
 from san_hf.vocabularies import load_vocabulary
 
 
@@ -142,6 +148,19 @@ def test_reasons_not_comparable():
     assert reason == "its classes have other names: 'plane' for 'aeroplane'"
     (reason,) = reasons_not_comparable("voc", "validation", 1449, names[1:], plain)
     assert "19 classes" in reason
+
+
+@pytest.mark.parametrize("dataset", ["pascal-context-59", "pascal-context-459"])
+def test_both_releases_of_pascal_context(dataset):
+    """Catches a result on all 5,104 images of the published ones that is called incomparable, and one on other images
+    that is compared without a word."""
+    names = load_vocabulary(dataset)
+    for images, words in ((5104, "on the same images"), (5105, "other images: .* of the 5,104 .*, these of 5,105")):
+        assert reasons_not_comparable(dataset, "validation", images, names, {}) == []
+        assert re.search(words, published_images(dataset, images) or "")
+    (reason,) = reasons_not_comparable(dataset, "validation", 5103, names, {})
+    assert "5,103 images, the validation split has 5,105 or 5,104 (of the merged JSON file)" in reason
+    assert published_images("voc", 1449) is None and published_images("garden", 3) is None
 
 
 @pytest.mark.parametrize(

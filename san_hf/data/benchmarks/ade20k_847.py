@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from san_hf.data.errors import DataError
 from san_hf.pickles import Name, read_pickle
 
-from .base import Benchmark, Source
+from .base import Benchmark, Source, check_size
 
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ def read_ids(labels: Path, size: tuple[int, int]) -> "np.ndarray":
     import numpy as np
     from PIL import Image
 
-    with Image.open(labels) as image:
+    from san_hf.images import pixel_limit
+
+    with pixel_limit(), Image.open(labels) as image:
+        check_size(image, size)
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(f"got a {image.mode} image, expected RGB, with the ids in red and green")
         pixels = np.asarray(image, dtype=np.int32)

@@ -4,7 +4,7 @@ The files of the benchmarks import nothing heavy: what reads labels imports its 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class Benchmark:
         title: its usual name.
         published_title: its name in the tables of published results (`model_cards/`).
         splits: number of images of each split.
+        other_splits: the same of other releases of the set, by what they are ("of the merged JSON file").
         ignore_index: value of pixels without a label; 65535 in sets with 16-bit labels.
         source: the owner's page.
         license: as the Hub calls it, "other" where it has no name for it.
@@ -80,6 +81,18 @@ class Benchmark:
     ignore_other_ids: bool = False
     shorter_side: int | None = None
     upright: bool = True
+    other_splits: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def release_of(self, split: str, images: int) -> str | None:
+        """Which release of the set has so many images in a split: "" for the usual one, None for none of them."""
+        if self.splits.get(split) == images:
+            return ""
+        return next((name for name, splits in self.other_splits.items() if splits.get(split) == images), None)
+
+    def counts_of(self, split: str) -> str:
+        """The number of images in a split, of each release, for messages."""
+        others = [f"{splits[split]:,} ({name})" for name, splits in self.other_splits.items()]
+        return " or ".join([f"{self.splits[split]:,}", *others])
 
     @property
     def class_names(self) -> list[str]:
@@ -141,12 +154,25 @@ def find_devkit(source: Path, year: str) -> Path:
     return find_folder(source, [f"{top}JPEGImages" for top in ("", f"{year}/", f"VOCdevkit/{year}/")], "images").parent
 
 
+def check_size(image: Any, size: tuple[int, int]) -> None:
+    """
+    Before a label map is decoded.
+
+    Raises:
+        ValueError: it hasn't the (height, width) of its image.
+    """
+    if image.size != size[::-1]:
+        raise ValueError(f"they are {image.width} x {image.height} pixels, their image {size[1]} x {size[0]}")
+
+
 def read_png(labels: Path, size: tuple[int, int]) -> "np.ndarray":
     """The values of a label map's file."""
     from PIL import Image
 
     from san_hf.data.dataset import to_label_map
+    from san_hf.images import pixel_limit
 
-    with Image.open(labels) as image:
+    with pixel_limit(), Image.open(labels) as image:
+        check_size(image, size)
         image.load()
         return to_label_map(image)

@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING
 
 from san_hf.vocabularies import load_class_ids
 
+from .annotations import decode_rle, read_mat, to_ids
 from .base import FLICKR_TERMS, Benchmark, Source, find_devkit, find_folder, read_list, read_png
 
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+# 0 stands for pixels without a label.
+NUM_IDS = 460
+# Pascal in Detail's JSON file has fewer images than the owners' release; SAN's published results are of these.
+DETAIL_SPLITS = {"train": 4_996, "validation": 5_104}
 
 
 def find_context(source: Path, split: str, expected: int, folders: Sequence[tuple[str, str]]) -> list[Source]:
@@ -37,30 +44,17 @@ def find_images(source: Path, split: str, expected: int) -> list[Source]:
 def read_ids(labels: Path | list, size: tuple[int, int]) -> "np.ndarray":
     """Ids among the 459 classes."""
     import numpy as np
-    from pycocotools import mask as rle
-    from scipy.io import loadmat
 
     if isinstance(labels, list):
         ids = np.zeros(size, np.int32)
         for number, region in labels:
-            if isinstance(region["counts"], list):
-                region = rle.frPyObjects(region, *region["size"])
-            mask = rle.decode(region).astype(bool)
-            if mask.shape != size:
-                raise ValueError(f"a region of id {number} is {mask.shape[1]} x {mask.shape[0]} pixels")
-            ids[mask] = number
+            ids[decode_rle(region, size)] = number
         return ids
     if labels.suffix == ".png":
         # 0 is unlabelled, 1..59 are the 59 classes in the order of their ids.
         table = np.array([0, *load_class_ids("pascal-context-59")])
-        numbers = read_png(labels, size)
-        if numbers.max(initial=0) >= len(table):
-            raise ValueError(f"has the label {numbers.max()}, expected 0..{len(table) - 1}")
-        return table[numbers]
-    variables = loadmat(labels, variable_names=["LabelMap"])
-    if "LabelMap" not in variables:
-        raise ValueError("has no variable LabelMap")
-    return variables["LabelMap"].astype(np.int32)
+        return table[to_ids(read_png(labels, size), len(table))]
+    return to_ids(read_mat(labels, "LabelMap", size), NUM_IDS)
 
 
 PASCAL_CONTEXT_459 = Benchmark(
@@ -68,6 +62,7 @@ PASCAL_CONTEXT_459 = Benchmark(
     title="Pascal Context-459",
     published_title="Pascal Context-459",
     splits={"train": 4_998, "validation": 5_105},
+    other_splits={"of the merged JSON file": DETAIL_SPLITS},
     ignore_index=65535,
     source="https://cs.stanford.edu/~roozbeh/pascal-context/",
     license="other",
@@ -75,6 +70,6 @@ PASCAL_CONTEXT_459 = Benchmark(
     original_names={"validation": "pcontext_full_sem_seg_val"},
     find_images=find_images,
     read_ids=read_ids,
-    num_ids=460,
+    num_ids=NUM_IDS,
     ignored_ids=(0,),
 )
