@@ -1,7 +1,14 @@
 """Texts of messages: an error in one line, long lists cut short, names that a terminal can show."""
 
 import os
+import re
+import unicodedata
 from collections.abc import Iterable
+
+
+# Joiners of letters and of emoji: what they do stays within a word.
+_JOINERS = "\u200c\u200d"
+_PASSWORD = re.compile(r"(?<=://)[^\s/?#'\"]*@")
 
 
 def one_line(error: BaseException) -> str:
@@ -11,7 +18,7 @@ def one_line(error: BaseException) -> str:
     """
     text = getattr(error, "strerror", None) or str(error)
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    return (lines[0].rstrip(".") if lines else "") or type(error).__name__
+    return (without_passwords(lines[0]).rstrip(".") if lines else "") or type(error).__name__
 
 
 def join_some(items: Iterable[object], limit: int = 8) -> str:
@@ -22,5 +29,22 @@ def join_some(items: Iterable[object], limit: int = 8) -> str:
 
 
 def printable(text: str | os.PathLike) -> str:
-    """A path or text for people: line breaks, control characters and bytes that are no text are replaced."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in os.fspath(text))
+    """
+    A path or text for people: line breaks, control characters, marks that turn the direction of writing, and bytes that
+    are no text are replaced.
+    """
+    return "".join(letter if _is_visible(letter) else "\N{REPLACEMENT CHARACTER}" for letter in os.fspath(text))
+
+
+def for_terminal(text: str) -> str:
+    """A text of one or several lines: each [`printable`], and no passwords in addresses."""
+    return "\n".join(map(printable, without_passwords(text).split("\n")))
+
+
+def without_passwords(text: str) -> str:
+    """A text whose addresses have lost user and password: "https://me:secret@host/" becomes "https://***@host/"."""
+    return _PASSWORD.sub("***@", text)
+
+
+def _is_visible(letter: str) -> bool:
+    return letter.isprintable() or letter in _JOINERS or unicodedata.category(letter) == "Zs"

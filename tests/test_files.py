@@ -14,7 +14,16 @@ import torch
 from safetensors import SafetensorError
 
 from san_hf import files
-from san_hf.files import json_text, new_file, new_folder, remove_folder, remove_leftovers, write_file
+from san_hf.files import (
+    folder_name,
+    json_text,
+    new_file,
+    new_folder,
+    remove_files,
+    remove_folder,
+    remove_leftovers,
+    write_file,
+)
 
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="modes, links, locks and SIGKILL are POSIX's")
@@ -65,6 +74,64 @@ def test_json_that_every_reader_takes():
     assert json_text({"a": 1}, indent=2) == '{\n  "a": 1\n}'
     with pytest.raises(TypeError):
         json_text({1, 2})
+
+
+NAMES = [
+    *("..", ".", "", " ", "/", "//", "../..", "/etc/passwd", "a/../../b", "a\\..\\b", "C:\\x", "a\0b", "~"),
+    *(
+        "x" * 300,
+        "猫" * 300,
+        "con",
+        "NUL.txt",
+        "com1",
+        "a:b",
+        "a?b*c",
+        "tail. . ",
+        "\n",
+        "\x1b[2J",
+        "\udcff",
+        ".hidden",
+    ),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_from_data_are_one_folder(tmp_path, name):
+    """Catches a name that leads out of its folder, to a hidden one, or that some system refuses."""
+    tidy = folder_name(name)
+    assert tidy not in ("", ".", "..") and not set(tidy) & set('/\\:*?"<>|\0\n\x1b') and tidy[0] != "."
+    assert (
+        len(tidy.encode()) <= 201
+        and tidy == tidy.rstrip(" .")
+        and tidy.split(".")[0].lower() not in ("con", "nul", "com1")
+    )
+    (tmp_path / tidy).mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == [tidy] and (
+        tmp_path / tidy
+    ).resolve().parent == tmp_path.resolve()
+    assert folder_name(tidy) == tidy
+
+
+def test_ordinary_names_stay():
+    """Catches results that are looked for under another name after an update."""
+    for name in ("voc", "ade20k-150", "My streets", "straße", "猫", "v1.2", "console", "a_b"):
+        assert folder_name(name) == name
+    assert folder_name("someone/streets") == "someone--streets"
+
+
+def test_only_our_files_are_removed(tmp_path):
+    """Catches files of the user's that go with ours, and those that a link leads to."""
+    for name in ("0.pt", "12.jsonl", "mine.txt"):
+        (tmp_path / "ours").mkdir(exist_ok=True)
+        (tmp_path / "ours" / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    for folder in ("link", "nowhere", "ours/mine.txt"):
+        remove_files(tmp_path / folder, ["*"])
+    assert names(tmp_path / "ours") == ["0.pt", "12.jsonl", "mine.txt"]
+    remove_files(tmp_path / "ours", ["[0-9]*.pt", "[0-9]*.jsonl"])
+    assert names(tmp_path / "ours") == ["mine.txt"]
+    remove_files(tmp_path / "ours", ["mine.txt"])
+    assert not (tmp_path / "ours").exists()
 
 
 def test_an_error_changes_nothing(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from san_hf.messages import join_some, one_line, printable
+from san_hf.messages import for_terminal, join_some, one_line, printable, without_passwords
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,15 @@ def test_printable():
     """Catches names that move the cursor, break the line, or can't be encoded."""
     assert printable("a\nb\x1b[0m\udcff.png") == "a\ufffdb\ufffd[0m\ufffd.png"
     assert printable("straße 猫.png") == "straße 猫.png"
+    assert printable("a\u202eb\u2066c\u200ed\x9be") == "a\ufffdb\ufffdc\ufffdd\ufffde"
+    joined = "می\u200cخواهم क्\u200dष 👩\u200d🚀\u3000x"
+    assert printable(joined) == joined
+
+
+def test_texts_for_a_terminal():
+    """Catches lines that are joined, sequences in one of several lines, and a password in an address."""
+    assert for_terminal("a\nb\x1b[2J\n\r") == "a\nb\ufffd[2J\n\ufffd"
+    address = "GET https://me:s%40cret@hub.example:8080/x?y=1 and http://token@h/"
+    shown = "GET https://***@hub.example:8080/x?y=1 and http://***@h/"
+    assert without_passwords(address) == for_terminal(address) == one_line(ValueError(address)) == shown
+    assert without_passwords("https://hub.example/@me/a@b") == "https://hub.example/@me/a@b"

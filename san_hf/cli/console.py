@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from san_hf.messages import one_line
+from san_hf.progress import PlainConsole
 
 
 OUT_OF_MEMORY_ADVICE = "out of memory: scale the image down, or try --dtype bfloat16 or another --device"
@@ -19,12 +19,12 @@ _debug = False
 
 def show(text: str | Text = "", *, error: bool = False) -> None:
     """One line on standard output or standard error, as it is: no markup, no wrapping."""
-    Console(stderr=error, soft_wrap=True).print(text, markup=False, emoji=False, highlight=False)
+    PlainConsole(stderr=error, soft_wrap=True).print(text, markup=False, emoji=False, highlight=False)
 
 
-def table_console() -> Console:
+def table_console() -> PlainConsole:
     """A console for tables: where the output goes to a file there is no width to keep."""
-    return Console() if Console().is_terminal else Console(width=200)
+    return PlainConsole() if PlainConsole().is_terminal else PlainConsole(width=200)
 
 
 def fail(message: object) -> NoReturn:
@@ -36,8 +36,11 @@ def fail(message: object) -> NoReturn:
 def quiet_libraries() -> None:
     """No progress bars and warnings of Transformers and `datasets`: the command itself says what goes wrong."""
     import datasets
+    import huggingface_hub.utils.logging
     from transformers.utils import logging
 
+    # Its warnings name addresses, with whatever password they hold.
+    huggingface_hub.utils.logging.set_verbosity_error()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -60,7 +63,7 @@ def show_stack_traces(wanted: bool) -> None:
 def show_error(error: BaseException, message: str) -> None:
     """An error on standard error: one line, or its stack trace if that is wanted."""
     if _debug:
-        traceback.print_exception(error)
+        show("".join(traceback.format_exception(error)).rstrip("\n"), error=True)
     else:
         show(f"Error: {message}", error=True)
 

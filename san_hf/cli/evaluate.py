@@ -1,7 +1,6 @@
 """`san-hf evaluate`."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 from san_hf.cli.console import quiet_libraries, show, table_console
 from san_hf.cli.evaluate_options import (
@@ -48,6 +46,7 @@ from san_hf.cli.options import (
     value_of,
 )
 from san_hf.data.benchmarks import BENCHMARKS
+from san_hf.files import folder_name, remove_files
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.messages import join_some
 
@@ -345,22 +344,34 @@ def open_folders(
 
 def remove_drawings(folders: Sequence[Path]) -> None:
     """What this run may not replace; evaluate and write_results replace the rest."""
+    from san_hf.evaluation.evaluator import PROGRESS_FILES
+
     for folder in folders:
         (folder / PICTURES_FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder / COMPARED_FOLDER, ignore_errors=True)
+        remove_files(folder / COMPARED_FOLDER / PROGRESS_FOLDER, PROGRESS_FILES)
+        remove_files(folder / COMPARED_FOLDER, written_files())
 
 
 def name_folders(names: Sequence[str], output: Path) -> list[Path]:
     """A folder below `output` for each data set; of equal names, later ones get a number."""
     folders: list[Path] = []
     for name in names:
-        tidy = name.strip("/").replace("/", "--")
-        folder, number = output / tidy, 1
-        while folder in folders:
+        tidy, number = folder_name(name), 1
+        folder = output / tidy
+        # Some file systems don't tell capitals from small letters.
+        while str(folder).casefold() in {str(other).casefold() for other in folders}:
             number += 1
             folder = output / f"{tidy}-{number}"
         folders.append(folder)
     return folders
+
+
+def written_files() -> tuple[str, ...]:
+    """The files of an evaluation's results."""
+    from san_hf.evaluation.evaluator import PREDICTIONS_FILE
+    from san_hf.evaluation.report import CLASSES_FILE, RESULTS_FILE, TABLE_FILE
+
+    return RESULTS_FILE, CLASSES_FILE, TABLE_FILE, PREDICTIONS_FILE, PICTURES_FILE
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -370,15 +381,13 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     Raises:
         ValueError: there are results, or a part of them.
     """
-    from san_hf.evaluation.report import RESULTS_FILE
-
     if resume or overwrite:
         return
-    for name, what in ((RESULTS_FILE, "results"), (PROGRESS_FOLDER, "an interrupted run")):
+    for name, what in ((PROGRESS_FOLDER, "an interrupted run"), *((name, "results") for name in written_files())):
         if (folder / name).exists():
             raise ValueError(
-                f"'{folder}' holds {what}. Go on with them by --resume, replace them by --overwrite, or choose another "
-                "--output."
+                f"'{folder}' holds {what} ({name}). Go on with them by --resume, replace them by --overwrite, or "
+                "choose another --output."
             )
 
 
@@ -408,7 +417,7 @@ def print_reports(reports: "Sequence[Report]", folders: Sequence[Path], per_clas
     from san_hf.evaluation.metrics import METRICS
     from san_hf.evaluation.tables import class_rows, console_table, percent
 
-    console: Console = table_console()
+    console = table_console()
     if per_class:
         for report in reports:
             console.print(f"{report.model} on {report.dataset}", style="bold", markup=False, highlight=False)

@@ -1,5 +1,6 @@
 """`san-hf results`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.text import Text
 from san_hf.cli.console import table_console
 from san_hf.evaluation.published import PUBLISHED_MODELS, published_images, reasons_not_comparable
 from san_hf.files import json_text
+from san_hf.messages import for_terminal
 
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def _print_markdown(entries: Sequence[Mapping[str, Any]], per_class: bool) -> No
         note = _caution(entry["not comparable"]) if entry["not comparable"] else entry["images"]
         parts += [escape_markdown(note)] if note else []
         parts += [markdown_table(*class_rows(entry["report"]))] if per_class else []
-        typer.echo("\n\n".join(parts) + "\n")
+        typer.echo(for_terminal("\n\n".join(parts)) + "\n")
 
 
 def _print_csv(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
@@ -124,13 +126,19 @@ def _print_csv(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
                 facts | row | {"images": entry["images"] or "", "not comparable": "; ".join(entry["not comparable"])}
                 for row in entry["comparison"]
             ]
-    typer.echo(to_csv(rows), nl=False)
+    typer.echo(for_terminal(to_csv(rows)), nl=False)
 
 
 def _print_json(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
     dropped: set[str] = set() if per_class else {"per_class"}
     entries = [{**entry, "report": entry["report"].model_dump(exclude=dropped)} for entry in entries]
-    typer.echo(json_text(entries, indent=2))
+    # As JSON escapes them, what a terminal would obey stays what it is.
+    text = json_text(entries, indent=2)
+    typer.echo("".join(letter if letter == "\n" or letter.isprintable() else escape_json(letter) for letter in text))
+
+
+def escape_json(letter: str) -> str:
+    return json.dumps(letter)[1:-1]
 
 
 PRINTERS = {"table": _print_table, "markdown": _print_markdown, "csv": _print_csv, "json": _print_json}

@@ -10,7 +10,6 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -30,7 +29,7 @@ from san_hf.data.class_names import is_class_list, read_class_names
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.inference.writers import FORMATS, output_files
 from san_hf.messages import join_some, printable
-from san_hf.progress import progress_bar
+from san_hf.progress import PlainConsole, progress_bar
 
 
 if TYPE_CHECKING:
@@ -266,7 +265,7 @@ def print_legend(segmentation: "Segmentation", short: bool) -> None:
     table.columns[1].justify = "right"
     for entry in present:
         swatch = Text.assemble(("██ ", entry["color"]), entry["color"])
-        table.add_row(Text(entry["name"]), f"{entry['share']:.1%}", swatch)
-    Console().print(table)
+        table.add_row(Text(printable(entry["name"])), f"{entry['share']:.1%}", swatch)
+    PlainConsole().print(table)
     if absent:
         show(f"Not found: {join_some(absent, 20)}.")

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 
-from san_hf.messages import join_some
+from san_hf.messages import join_some, one_line
 from san_hf.vocabularies import VOCABULARIES
 
 from .class_names import read_class_names
@@ -177,7 +177,7 @@ def _load(
     except Exception as error:
         if "corresponds to no data" in str(error):
             raise _empty(split, source) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        reason = one_line(error)
         raise DataError(
             f"The split {split!r} of '{source}' can't be loaded: {reason}. Expected a folder that san-hf prepare "
             "wrote, a folder with images/ and labels/, or a data set that datasets.load_dataset opens."

@@ -1,7 +1,6 @@
 """Evaluation of a model on a data set: image by image, over any number of processes, and resumable."""
 
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from san_hf.evaluation.resume import (
     model_checksum,
     writing_to,
 )
+from san_hf.files import remove_files
 from san_hf.inference import Predictor, Vocabulary
 from san_hf.inference.predictor import evaluation_mode
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
@@ -36,6 +36,8 @@ from san_hf.progress import progress_bar
 
 
 PREDICTIONS_FILE = "predictions.json"
+# In the folder of the state: a state and predictions for each process, and what a killed one was writing.
+PROGRESS_FILES = ("[0-9]*.pt", "[0-9]*.jsonl", ".[0-9]*.partial")
 PROGRESS_FOLDER = "progress"
 
 
@@ -228,7 +230,7 @@ class _Process:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(evaluation_lock(folder))
                 if not self.options.resume:
-                    shutil.rmtree(progress, ignore_errors=True)
+                    remove_files(progress, PROGRESS_FILES)
                 progress.mkdir(parents=True, exist_ok=True)
                 # Predictions that no state has led to are of another evaluation.
                 if not all((progress / f"{other}.pt").exists() for other in range(self.world)):

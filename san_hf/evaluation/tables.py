@@ -10,6 +10,7 @@ from rich.text import Text
 
 from san_hf.evaluation.metrics import METRICS
 from san_hf.evaluation.published import PUBLISHED_MODELS, SOURCES, published_results
+from san_hf.messages import printable
 
 
 if TYPE_CHECKING:
@@ -133,5 +134,5 @@ def console_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table
     for name in header:
         table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table

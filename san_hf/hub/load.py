@@ -13,7 +13,7 @@ from san_hf.files import remove_leftovers
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.loading import ModelError, load_complete
 from san_hf.locks import locked
-from san_hf.messages import one_line
+from san_hf.messages import one_line, without_passwords
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.version import __version__
 
@@ -109,7 +109,9 @@ def load_model(
         names = (EMBEDDED_MODEL, *RELEASES)
         looked_for = f"There is no folder here of that name, and it is none of {', '.join(names)}. On the Hub: "
         prefix = "" if os.path.isdir(name) or name in names else looked_for
-        raise ModelError(f"The model '{name}' can't be loaded. {prefix}{str(error).strip()}") from error
+        raise ModelError(
+            f"The model '{name}' can't be loaded. {prefix}{without_passwords(str(error)).strip()}"
+        ) from error
 
 
 def _converted(release: Release, cache_dir, revision, token, local_files_only) -> Path:
@@ -128,7 +130,7 @@ def _converted(release: Release, cache_dir, revision, token, local_files_only) -
     except Exception as error:  # networks fail in many ways, and not all of their errors are OSErrors
         reason = f"{one_line(error)}."
         raise OSError(
-            f"'{release.name}' stands for {release.filename} of {constants.ENDPOINT}/{HUB_REPO}"
+            f"'{release.name}' stands for {release.filename} of {without_passwords(constants.ENDPOINT)}/{HUB_REPO}"
             + (f" at revision {revision!r}" if revision else "")
             + f", which could not be downloaded: {reason} Check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT), or "
             "get the file another way, convert it with `san-hf convert FILE FOLDER`, and give that folder."

@@ -16,6 +16,8 @@ from san_hf.messages import one_line
 from .config import ConfigError, TrainingConfig, fields, is_resumable, suggest, value_at
 
 
+# Of a configuration, aliases written out.
+MOST_VALUES, MOST_BYTES = 10_000, 1_000_000
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -59,7 +61,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"Got {override!r}, expected key=value such as optimizer.learning_rate=5e-5.")
         try:
             change = yaml.load(value, _Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"The value of {override!r} is no YAML: {_one_line(error)}.") from error
         for part in reversed(key.strip().split(".")):
             change = {part: change}
@@ -96,7 +98,26 @@ def describe(config: TrainingConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers and booleans (5e-5 is a number, `no` a word), and no key twice."""
+    """
+    YAML 1.2's numbers and booleans (5e-5 is a number, `no` a word), and no key twice. Aliases are allowed, but not
+    those that stand for more values than any configuration has.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent) and self.anchors.get(self.peek_event().anchor, parent) not in self.sizes:
+            raise yaml.YAMLError(f"the alias {self.peek_event().anchor!r} is unknown, or a part of what it stands for")
+        node = super().compose_node(parent, index)
+        if node not in self.sizes:
+            parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+            parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+            self.sizes[node] = 1 + sum(self.sizes[part] for part in parts)
+            if self.sizes[node] > MOST_VALUES:
+                raise yaml.YAMLError(f"it stands for more than {MOST_VALUES:,} values")
+        return node
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":bool")]
@@ -121,10 +142,18 @@ _Loader.add_implicit_resolver(
 
 def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ConfigError(
+                f"The configuration '{path}' has {path.stat().st_size:,} bytes, expected at most {MOST_BYTES:,}: is it "
+                "another file?"
+            )
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The configuration '{path}' can't be read: {one_line(error)}.") from error
-    except yaml.YAMLError as error:
+    except ConfigError:
+        raise
+    # Beside its own errors, those of numbers and dates that can't be, and of what is nested too deeply.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"The configuration '{path}' is no YAML: {_one_line(error)}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"The configuration '{path}' holds {type(values).__name__}, expected keys with values.")

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from san_hf.files import json_text, write_file
-from san_hf.messages import one_line
+from san_hf.messages import for_terminal, one_line
 
 from .config import ConfigError, LoggingSection
 from .errors import TrainingError
@@ -121,7 +121,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the console."""
         if self.accelerator.is_main_process:
-            print(text, flush=True)
+            print(for_terminal(text), flush=True)
 
     def flush(self) -> None:
         """Brings log.jsonl onto the disk."""
