@@ -186,6 +186,7 @@ def remove_files(folder: str | os.PathLike, patterns: Iterable[str]) -> None:
     folder = Path(folder)
     if folder.is_symlink() or not folder.is_dir():
         return
+    remove_leftovers(folder)
     patterns = list(patterns)
     for path in list(folder.iterdir()):
         if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns) and not path.is_dir():

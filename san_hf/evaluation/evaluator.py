@@ -36,8 +36,8 @@ from san_hf.progress import progress_bar
 
 
 PREDICTIONS_FILE = "predictions.json"
-# In the folder of the state: a state and predictions for each process, and what a killed one was writing.
-PROGRESS_FILES = ("[0-9]*.pt", "[0-9]*.jsonl", ".[0-9]*.partial")
+# In the folder of the state: a state and predictions for each process.
+PROGRESS_FILES = ("[0-9]*.pt", "[0-9]*.jsonl")
 PROGRESS_FOLDER = "progress"
 
 
