@@ -80,6 +80,8 @@ setup(
             "tensorboard>=2.18",
             "wandb>=0.22",
         ],
+        # Optional for the slow tests of training: DS_BUILD_OPS=0 pip install san_hf[test,deepspeed]
+        "deepspeed": ["deepspeed>=0.18"],
         "lint": ["mypy>=1.15", "ruff>=0.9", "types-PyYAML>=6.0"],
         "coverage": ["coverage>=7.10"],
     },

@@ -178,6 +178,12 @@ class SANPreTrainedModel(PreTrainedModel):
         # It writes this model's dtype into the configuration, and not into CLIP's.
         for part in (self.config.clip_config, self.config.clip_vision_config, self.config.clip_text_config):
             cast(CLIPConfig, part).dtype = self.dtype
+        # Engines that spread a model over processes can't spread a tensor without dimensions: it has one meanwhile.
+        if getattr(self, "logit_scale", None) is not None and self.logit_scale.dim():
+            state = self.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
+            kwargs["state_dict"] = {
+                name: tensor.reshape(()) if name == "logit_scale" else tensor for name, tensor in state.items()
+            }
         super().save_pretrained(*args, **kwargs)
 
     def freeze_clip(self):
@@ -212,11 +218,11 @@ class SANPreTrainedModel(PreTrainedModel):
         )
 
     def get_input_embeddings(self) -> nn.Module:
-        """CLIP's patch convolution: the first of CLIP's layers that an image meets."""
-        return self.base_model.get_submodule("vision_model.embeddings.patch_embedding")
+        """CLIP's embedding of patches and positions, as one: FSDP gives it a unit, which can't be within another's."""
+        return self.base_model.get_submodule("vision_model.embeddings")
 
     def set_input_embeddings(self, value: nn.Module):
-        self.base_model.get_submodule("vision_model.embeddings").patch_embedding = value
+        self.base_model.get_submodule("vision_model").embeddings = value
 
 
 class SANModel(SANPreTrainedModel):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import platform
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,16 +11,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, get_int_from_env
 
 from san_hf.files import new_folder
-from san_hf.modeling import SANForSemanticSegmentation
+from san_hf.messages import join_some
 
 from .config import ConfigError, TrainingConfig
 
 
 T = TypeVar("T")
+
+# Where torchrun and the launchers of MPI say how many processes they have started.
+WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+# Seconds that a network file system may take to show one machine what another has written.
+SECONDS_TO_BE_SEEN = 10.0
 
 
 class Stopped(Exception):
@@ -58,18 +64,36 @@ class StopRequest:
         self.requested, self.since = True, min(self.since, now)
 
 
+def processes_started() -> int | None:
+    """The number of processes that a launcher has started; None if there was none."""
+    return get_int_from_env(WORLD_SIZES, 0) or None
+
+
 def check_launch(accelerator: Accelerator, config: TrainingConfig) -> None:
     """
     Raises:
         ConfigError: what started the processes, and what Accelerate or the configuration makes of it, differ.
     """
-    started = int(os.environ.get("WORLD_SIZE", accelerator.num_processes))
-    if started != accelerator.num_processes:
+    started = processes_started()
+    if started not in (None, accelerator.num_processes):
         # Each would be the main process, and write to the same folder.
         raise ConfigError(
-            f"WORLD_SIZE says that {started} processes were started, but for Accelerate there are "
+            f"{started} processes were started, says the environment, but for Accelerate there are "
             f"{accelerator.num_processes}. On CPUs set the variable ACCELERATE_USE_CPU=true; otherwise start them by "
             "accelerate launch or torchrun."
+        )
+    if started is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        # Accelerate's launcher sets both, and starts one process, when it is asked for several on CPUs.
+        raise ConfigError(
+            "accelerate launch was asked for several processes on CPUs, but starts a single one for itself on each "
+            "machine. Start them by torchrun: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m san_hf train ... "
+            "(or, for a single process, leave --num_processes and --num_machines out)."
+        )
+    precision = config.training.mixed_precision
+    if precision not in (None, accelerator.mixed_precision):
+        raise ConfigError(
+            f"training.mixed_precision is {precision}, but DeepSpeed's configuration makes it "
+            f"{accelerator.mixed_precision}: change one of them."
         )
     accumulation = config.training.gradient_accumulation
     if accumulation != accelerator.gradient_accumulation_steps:
@@ -79,6 +103,18 @@ def check_launch(accelerator: Accelerator, config: TrainingConfig) -> None:
             f"configuration of DeepSpeed. Set training.gradient_accumulation={accelerator.gradient_accumulation_steps},"
             " or change it there."
         )
+
+
+def warn_of_threads(device: torch.device, cores: int | None = None) -> str:
+    """What to say where the processes of this machine have more threads than it has cores; else nothing."""
+    processes, threads = get_int_from_env(["LOCAL_WORLD_SIZE"], 1), torch.get_num_threads()
+    cores = cores or os.cpu_count() or 1
+    if device.type != "cpu" or processes == 1 or processes * threads <= cores:
+        return ""
+    return (
+        f"\n{processes} processes with {threads} threads each wait for each other on {cores} cores, up to 20 times as "
+        f"long: set OMP_NUM_THREADS={max(cores // processes, 1)}."
+    )
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
@@ -103,14 +139,25 @@ def new_shared_folder(accelerator: Accelerator, path: Path) -> Iterator[Path]:
         accelerator.wait_for_everyone()
 
 
-def whole_model(accelerator: Accelerator, model: torch.nn.Module) -> SANForSemanticSegmentation:
-    """The model without what training wraps around it; a copy where its weights are spread over processes."""
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        return accelerator.unwrap_model(model, keep_torch_compile=False)
-    state = accelerator.get_state_dict(model)  # of the main process
-    whole = SANForSemanticSegmentation(accelerator.unwrap_model(model).config).to(accelerator.device)
-    for name, tensor in whole.state_dict().items():
-        if accelerator.is_main_process:
-            tensor.copy_(state[name])
-        tensor.copy_(broadcast(tensor))
-    return whole
+def check_shared(accelerator: Accelerator, folder: Path) -> None:
+    """
+    Raises:
+        ConfigError: not every process sees what the main one writes to the folder. All of them raise it.
+    """
+    if accelerator.num_processes == 1:
+        return
+    blind: list[str] = []
+    try:
+        with new_shared_folder(accelerator, folder / "shared") as written:
+            deadline = time.monotonic() + SECONDS_TO_BE_SEEN
+            while not (seen := written.is_dir()) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            blind = [machine for machine in gather_object([None if seen else platform.node()]) if machine is not None]
+            raise Stopped  # the folder vanishes again
+    except Stopped:
+        if blind:
+            raise ConfigError(
+                f"The output folder '{folder}' is not shared: what the main process writes to it isn't seen on "
+                f"{join_some(sorted(set(blind)))} ({len(blind)} of {accelerator.num_processes} processes). Choose an "
+                "output on a file system that all machines share."
+            ) from None

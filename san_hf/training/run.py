@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from san_hf.data import SegmentationDataset, load_segmentation_dataset
@@ -31,8 +31,9 @@ from .errors import TrainingError
 from .folder import RunFolder
 from .model import build_model, set_vocabulary, trains_text
 from .optimization import parameter_groups, polynomial_schedule
-from .processes import check_launch, new_shared_folder, on_main_process, whole_model
+from .processes import check_launch, check_shared, new_shared_folder, on_main_process, warn_of_threads
 from .run_log import RunLog, check_trackers
+from .sharding import check_engine, keep_loading_whole, prepare_for_engine, whole_model
 from .stream import SampleStream, build_loader
 
 
@@ -65,8 +66,11 @@ class Run:
         check_trackers(config.logging.trackers)
         end_with_launcher()
         self.accelerator = self._start_accelerator()
+        check_engine(self.accelerator)
         check_launch(self.accelerator, config)
+        keep_loading_whole(self.accelerator)
         progress = on_main_process(self.accelerator, lambda: folder.open(resume))
+        check_shared(self.accelerator, self.output)
         set_seed(config.seed)
 
         self.data, self.validation = self._load_data()
@@ -75,6 +79,13 @@ class Run:
             # The older name goes once setup.py asks for a transformers that has the newer one.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        self.stream = self._build_stream(progress)
+        prepare_for_engine(
+            self.accelerator,
+            model,
+            self.stream.batch_size // self.accelerator.num_processes,
+            config.optimizer.max_grad_norm,
+        )
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer.weight_decay, config.optimizer.clip_learning_rate),
             lr=config.optimizer.learning_rate,
@@ -82,15 +93,9 @@ class Run:
         scheduler = polynomial_schedule(
             optimizer, config.training.steps, config.optimizer.power, config.optimizer.warmup_steps
         )
-        self.stream = self._build_stream(progress)
         transform = TrainingTransform(**config.augmentation.model_dump(), ignore_index=self.data.ignore_index)
         collator = SegmentationCollator(self.processor, self.data.ignore_index)
         self.loader = build_loader(self.stream, transform, collator, config.data.workers)
-        # Before preparing, which DeepSpeed does only if it knows this.
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            self.accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
-                self.stream.batch_size // self.accelerator.num_processes
-            )
         self.trains_text = trains_text(model)
         self.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
@@ -163,6 +168,7 @@ class Run:
             f"{accelerator.device.type}{processes}, precision {accelerator.mixed_precision}; "
             f"{self.steps} steps of {config.training.batch_size} images"
             + (f". The log lacks {self._lost_steps} of the steps taken before" if self._lost_steps else "")
+            + warn_of_threads(accelerator.device)
         )
 
     def save(self) -> None:
@@ -235,7 +241,7 @@ class Run:
                 project_dir=str(self.output),
                 step_scheduler_with_optimizer=False,
             )
-        except ValueError as error:
+        except (ValueError, ImportError, RuntimeError) as error:
             precision = config.training.mixed_precision
             raise ConfigError(
                 f"Accelerate can't begin, with training.mixed_precision={precision}: {one_line(error)}."
