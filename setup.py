@@ -53,7 +53,6 @@ setup(
         "accelerate>=1.7",
         "datasets>=4.0",
         "evaluate>=0.4.3",
-        "filelock>=3.16",
         "ftfy>=6.3",
         "huggingface_hub>=1.31",
         "jinja2>=3.1",

@@ -80,6 +80,9 @@ def _read_archive(path: Path) -> tuple[Contents, dict[str, int]]:
             raise ValueError("it is compressed, which torch's files never are")
         if sum(record.file_size for record in records) > path.stat().st_size:
             raise ValueError("its parts are larger than the file")
+        # torch itself doesn't look at the checksums that it has written.
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"its part {damaged} isn't as it was written")
         pickles = [record for record in records if record.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise ValueError(f"it has {len(pickles)} parts data.pkl, expected one")

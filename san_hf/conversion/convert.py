@@ -323,8 +323,9 @@ def read_config(path: str | Path) -> SANConfig:
         )
     try:
         return SANConfig.from_dict(values)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConversionError(f"'{path}' isn't a valid configuration: {error}") from error
+    except Exception as error:  # values that no size can have fail where they are first used
+        reason = str(error) if isinstance(error, StrictDataclassError | TypeError | ValueError) else repr(error)
+        raise ConversionError(f"'{path}' isn't a valid configuration: {reason}") from error
 
 
 def build_processor(config: SANConfig) -> SANProcessor:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from san_hf.evaluation.resume import EvaluationError
 from san_hf.files import json_text, new_file
 from san_hf.vocabularies import load_class_ids, load_vocabulary
 
@@ -55,7 +56,8 @@ class PredictionWriter:
         checksum: of all that was written, as of `zlib.crc32`.
 
     Raises:
-        OSError: the file can't be written, or what counts of it isn't what was written.
+        OSError: the file can't be written.
+        EvaluationError: what counts of it isn't what was written.
     """
 
     def __init__(self, path: str | os.PathLike, size: int = 0, checksum: int = 0):
@@ -67,7 +69,7 @@ class PredictionWriter:
         if left or self.checksum != checksum:
             self.file.close()
             problem = "has lost its end" if left else "is damaged: its checksum isn't that of what was written"
-            raise OSError(f"'{path}' {problem}. Evaluate again from the start.")
+            raise EvaluationError(f"'{path}' {problem}. Evaluate from the start, without resuming.")
         self.file.truncate(size)
 
     def write(self, index: int, entries: list[dict]) -> None:

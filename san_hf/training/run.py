@@ -296,7 +296,12 @@ class Run:
             if name in now and now[name] != was:
                 raise ConfigError(
                     f"The data have changed since the run was started: {name} differ"
-                    + (f", they were {was!r:.200} and are {now[name]!r:.200} now" if was and now[name] else "")
+                    # Checksums tell nobody anything.
+                    + (
+                        f", they were {was!r:.200} and are {now[name]!r:.200} now"
+                        if isinstance(was, int | list)
+                        else ""
+                    )
                     + ". Bring back the data as they were, or start a new run in another output."
                 )
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from san_hf.cli import app
 from san_hf.data import DataError, SegmentationDataset, load_segmentation_dataset
+from san_hf.evaluation import evaluator
 from san_hf.evaluation.evaluator import EvaluationError, draw_examples, evaluate
 from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
@@ -27,6 +29,7 @@ from san_hf.hub import from_pretrained
 from san_hf.inference import Predictor, Segmenter
 from san_hf.inference.predictor import AUGMENTATION_SCALES
 from san_hf.inference.vocabulary import split_synonyms
+from san_hf.locks import locked
 from san_hf.picture_book.objects import CLASS_NAMES
 from san_hf.picture_book.scenes import draw_scene
 from san_hf.visualization import (
@@ -442,9 +445,75 @@ def test_state_of_another_evaluation(loaded, data, tmp_path):
             model.no_object_embed.copy_(kept)
     state = tmp_path / "progress" / "0.pt"
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(EvaluationError, match="can't be read"):
+    with pytest.raises(EvaluationError, match="is damaged"):
         evaluate(model, processor, data, limit=3, output=tmp_path, resume=True)
     assert evaluate(model, processor, data, limit=3, output=tmp_path).num_images == 3
+
+
+@pytest.mark.parametrize("name", ["0.pt", "0.jsonl"])
+@pytest.mark.parametrize("damage", ["cut", "flip"])
+def test_damaged_progress(loaded, data, tmp_path, name, damage):
+    """Catches counts and predictions that were damaged and are gone on with, and torch's advice to trust the file."""
+    options = {"output": tmp_path, "workers": 0, "limit": 2, "predictions": True}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluator, "merge_predictions", interrupt)
+        evaluate(*loaded, data, **options)
+    file = tmp_path / "progress" / name
+    content = bytearray(file.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    file.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    with pytest.raises(EvaluationError) as raised:
+        evaluate(*loaded, data, **options, resume=True)
+    message = str(raised.value)
+    assert f"'{file}' " in message and "valuate" in message and "from the start" in message
+    assert "\n" not in message and "weights_only" not in message
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_images_that_have_changed(loaded, folder, tmp_path):
+    """Catches an evaluation that goes on with other images, and one that a broken image can't be mended for."""
+    shutil.copytree(folder, tmp_path / "data")
+    images, labels = (sorted((tmp_path / "data" / kind).iterdir()) for kind in ("images", "labels"))
+    sound = images[1].read_bytes()
+    images[1].write_bytes(b"broken")
+    data = load_segmentation_dataset(tmp_path / "data", "validation")
+    options = {"output": tmp_path / "out", "workers": 0, "limit": 2}
+    with pytest.raises(DataError):
+        evaluate(*loaded, data, **options)
+    images[1].write_bytes(sound)
+    shutil.copytree(tmp_path / "out", tmp_path / "again")
+    whole = evaluate(*loaded, data, workers=0, limit=2)
+    assert_same(evaluate(*loaded, data, **options, resume=True), whole)
+    labels[0].write_bytes(labels[1].read_bytes())
+    with pytest.raises(EvaluationError, match="of other images: of those that were counted already, some have changed"):
+        evaluate(*loaded, data, **options | {"output": tmp_path / "again"}, resume=True)
+
+
+def test_an_evaluation_that_never_began(loaded, folder, tmp_path):
+    """Catches a first image that can't be used and leaves a folder that refuses the corrected command."""
+    data = dataclasses.replace(load_segmentation_dataset(folder, "validation"), class_names=["thing"])
+    with pytest.raises(DataError):
+        evaluate(*loaded, data, output=tmp_path / "out", workers=0, predictions=True)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_one_evaluation_at_a_time(command, folder, tmp_path):
+    """Catches two that write the same counts and results; and deletes nothing of the one that goes on."""
+    output = tmp_path / folder.name
+    (output / "compared").mkdir(parents=True)
+    outcomes = []
+    with locked(output / ".lock", "An evaluation"):
+        thread = threading.Thread(
+            target=lambda: outcomes.append(command("-o", tmp_path, "--limit", 1, "--overwrite", status=2).output)
+        )
+        thread.start()
+        thread.join()
+        assert (output / "compared").is_dir()
+    assert f"An evaluation in '{output}' is under way already, by process {os.getpid()} on" in outcomes[0]
 
 
 def test_command(command, loaded, data, expected, tmp_path):

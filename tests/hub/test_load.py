@@ -1,5 +1,6 @@
 """Released models by name: from a Hub, converted once, kept."""
 
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -84,6 +85,29 @@ def test_at_the_same_time(hub, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(together, range(4)))
     assert len(set(folders)) == 1 and len(calls) == 1
+
+
+def test_a_cache_that_is_only_read(hub, tmp_path, monkeypatch):
+    """Catches a converted release that needs to write, and an error that doesn't say what a new one needs it for."""
+    folder = resolve(ALIAS)
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(san_hub.load, "locked", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert resolve(ALIAS) == resolve(ALIAS, local_files_only=True) == folder
+
+
+def test_a_release_that_cannot_be_kept(hub, monkeypatch):
+    """As above, where nothing is converted yet."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(san_hub.load, "locked", refuse)
+    with pytest.raises(OSError, match="has to be converted once, but '.*san_hf' can't be written: Read-only file syst"):
+        resolve(ALIAS)
 
 
 def test_interrupted_conversion(hub, monkeypatch):

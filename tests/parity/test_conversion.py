@@ -5,9 +5,13 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import sys
+import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import san_hf.conversion.convert
@@ -22,6 +26,8 @@ from san_hf.conversion import (
     read_original,
 )
 from san_hf.conversion.convert import recognize_release
+from san_hf.files import new_folder
+from san_hf.locks import InUseError, locked
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANProcessor
 
 
@@ -399,6 +405,15 @@ def test_truncated_safetensors(b16, tmp_path):
     refuse(tmp_path, tmp_path / "cut.safetensors", b16.config(), "cut.safetensors' can't be read as a checkpoint")
 
 
+def test_one_bit_that_is_wrong(b16, tmp_path):
+    """Catches damaged weights that are converted without a word: torch doesn't look at the file's checksums."""
+    source = write(tmp_path / "flipped.pth", {"model": b16.original_state_dict})
+    content = bytearray(source.read_bytes())
+    content[len(content) // 2] ^= 1
+    source.write_bytes(content)
+    refuse(tmp_path, source, b16.config(), "flipped.pth' can't be read as a checkpoint.* isn't as it was written")
+
+
 class Payload:
     def __init__(self, path):
         self.path = path
@@ -507,6 +522,49 @@ def test_failure_half_way(b16, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         convert_checkpoint(b16.checkpoint, tmp_path / "new", b16.config())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="locks and SIGKILL are POSIX's")
+def test_one_conversion_at_a_time(b16, tmp_path):
+    """Catches two that write the same folder; what one that was killed has left is no obstacle."""
+    output = tmp_path / "out"
+    ours, theirs = os.pipe()
+    child = os.fork()
+    if child == 0:  # as a conversion in the midst of it
+        with locked(tmp_path / ".out.lock", "A conversion"), new_folder(output):
+            os.write(theirs, b"x")
+            time.sleep(60)
+    os.read(ours, 1)
+    try:
+        with pytest.raises(InUseError, match=f"A conversion to '.*out' is under way already, by process {child} on"):
+            convert_checkpoint(b16.checkpoint, output, b16.config())
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    convert_checkpoint(b16.checkpoint, output, b16.config())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk(b16, folder, tmp_path, monkeypatch):
+    """Catches errors of safetensors and torch that name no file and aren't expected by the command."""
+
+    def fail(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(SANForSemanticSegmentation, "save_pretrained", fail)
+    with pytest.raises(OSError, match="out' can't be written: No space left on device. Make room"):
+        convert_checkpoint(b16.checkpoint, tmp_path / "out", b16.config())
+    save = torch.save
+
+    def save_to_a_full_disk(content, file):
+        with open("/dev/full", "wb", buffering=0) as full:
+            save(content, full)
+
+    monkeypatch.setattr(torch, "save", save_to_a_full_disk)
+    if os.path.exists("/dev/full"):
+        with pytest.raises(OSError, match="x.pth' can't be written: No space left on device. Make room"):
+            export_checkpoint(folder, tmp_path / "x.pth")
+    assert not list(tmp_path.iterdir())
 
 
 # And back
