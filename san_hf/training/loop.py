@@ -67,7 +67,8 @@ def train(config: TrainingConfig, resume: bool = False) -> Path | None:
                     run.save()
                 if not isinstance(interruption, Stopped):
                     raise
-                log.say(f"Stopped at step {run.step} of {run.steps}, saved. Continue with --resume.")
+                kept = f"at step {run.step} of {run.steps}, saved" if run.step else "before the first step"
+                log.say(f"Stopped {kept}. Continue with --resume.")
                 return None
             run.progress["step"] += 1
             log.step({"step": run.step, **metrics, **clock.metrics()})
