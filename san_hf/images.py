@@ -8,8 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from san_hf.messages import notify, printable
 from san_hf.modeling import SANImageProcessorPil
 
 
@@ -27,7 +28,7 @@ def load_image(source: "str | os.PathLike | Image.Image | np.ndarray | torch.Ten
             or 4 channels, integers 0..255 or, in 16-bit images, 0..65535, floats 0..255.
 
     Returns:
-        8-bit RGB, transparent pixels laid on white.
+        8-bit RGB, transparent pixels laid on white. Of a file with several pages or frames, the first, with a warning.
 
     Raises:
         ImageError: it can't be read.
@@ -36,10 +37,14 @@ def load_image(source: "str | os.PathLike | Image.Image | np.ndarray | torch.Ten
     if isinstance(source, str | os.PathLike) and not str(source).startswith(("http://", "https://")):
         file = source
     if file is not None and not os.path.isfile(file):
-        raise ImageError("there is no such file")
+        raise ImageError("it is no regular file" if os.path.exists(file) else "there is no such file")
     try:
         with pixel_limit():
-            return to_rgb(source)
+            if file is None:
+                return to_rgb(source)
+            with Image.open(file) as opened:
+                image = to_rgb(ImageOps.exif_transpose(opened))
+                pages = count_pages(opened)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -49,6 +54,17 @@ def load_image(source: "str | os.PathLike | Image.Image | np.ndarray | torch.Ten
     # A broken file makes Pillow's readers fail in many ways: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         raise ImageError(f"can't be read: {error or type(error).__name__}") from error
+    if pages > 1:
+        notify(f"{printable(file)} has {pages} pages or frames: the first is used.")
+    return image
+
+
+def count_pages(image: Image.Image) -> int:
+    """Number of pages or frames in an open image's file; 1 for photographs with previews or depth maps behind them."""
+    try:
+        return 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception:  # a broken page behind the first
+        return 1
 
 
 @contextmanager

@@ -1,14 +1,24 @@
-"""Texts of messages: an error in one line, long lists cut short, names that a terminal can show."""
+"""Texts of messages: an error in one line, long lists cut short, names that a terminal can show; and warnings."""
 
 import os
 import re
 import unicodedata
+import warnings
 from collections.abc import Iterable
 
 
 # Joiners of letters and of emoji: what they do stays within a word.
 _JOINERS = "\u200c\u200d"
 _PASSWORD = re.compile(r"(?<=://)[^\s/?#'\"]*@")
+
+
+class Notice(UserWarning):
+    """What a user should know and that is no error. The commands show it in one line."""
+
+
+def notify(text: str) -> None:
+    """Warns by a [`Notice`]."""
+    warnings.warn(text, Notice, stacklevel=3)
 
 
 def one_line(error: BaseException) -> str:

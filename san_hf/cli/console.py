@@ -1,15 +1,19 @@
 """Console output of the commands, and their errors."""
 
 import functools
+import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from rich.text import Text
 
-from san_hf.messages import one_line
+from san_hf.messages import Notice, one_line
+from san_hf.paths import expand_path
 from san_hf.progress import PlainConsole
 
 
@@ -44,6 +48,22 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    show_notices()
+
+
+def show_notices() -> None:
+    """The package's warnings are lines on standard error, each once, and of several processes those of the first."""
+    show_others, shown = warnings.showwarning, set()
+
+    def show_warning(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if not issubclass(category, Notice):
+            show_others(message, category, *args, **kwargs)
+        elif str(message) not in shown and os.environ.get("RANK", "0") == "0":
+            shown.add(str(message))
+            show(Text(f"Warning: {message}", style="yellow"), error=True)
+
+    warnings.simplefilter("always", Notice)
+    warnings.showwarning = show_warning
 
 
 def explain(error: BaseException) -> str:
@@ -70,14 +90,14 @@ def show_error(error: BaseException, message: str) -> None:
 
 def expected_errors(command: Callable[..., None]) -> Callable[..., None]:
     """
-    The command, whose expected errors (files, values, memory, and what torch and others raise at run time) end it with
-    one line and status 2 rather than a stack trace.
+    The command, with `~` and environment variables in its paths replaced, whose expected errors (files, values, memory,
+    and what torch and others raise at run time) end it with one line and status 2 rather than a stack trace.
     """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            command(*args, **{name: _expand_paths(value) for name, value in kwargs.items()})
         except (typer.Exit, typer.Abort):
             raise
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
@@ -85,6 +105,12 @@ def expected_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from error
 
     return run
+
+
+def _expand_paths(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expand_paths(item) for item in value]
+    return Path(expand_path(value)) if isinstance(value, Path) else value
 
 
 def replace_unprintable() -> None:

@@ -8,6 +8,7 @@ import typer
 from san_hf.cli.console import fail, quiet_libraries, show
 from san_hf.cli.options import OverwriteOption, Precision
 from san_hf.messages import printable
+from san_hf.paths import expand_path
 
 
 def convert(
@@ -56,6 +57,7 @@ def convert(
     from san_hf.hub import resolve
 
     quiet_libraries()
+    source = expand_path(source)
     precision = None if dtype is None else getattr(torch, dtype.value)
     if to_original:
         if config is not None:

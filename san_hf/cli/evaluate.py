@@ -22,6 +22,7 @@ from san_hf.cli.evaluate_options import (
     LabelShiftOption,
     LimitOption,
     OutputOption,
+    PaletteOption,
     PerClassOption,
     PicturesOption,
     PredictionsOption,
@@ -33,6 +34,7 @@ from san_hf.cli.evaluate_options import (
     SplitOption,
     StreamingOption,
     SynonymsOption,
+    ValidationShareOption,
     WorkersOption,
 )
 from san_hf.cli.options import (
@@ -70,6 +72,7 @@ def evaluate(
     model: ModelOption = EMBEDDED_MODEL,
     data_root: DataRootOption = None,
     split: SplitOption = "validation",
+    validation_split: ValidationShareOption = None,
     output: OutputOption = Path("outputs/evaluation"),
     overwrite: OverwriteOption = False,
     resume: ResumeOption = False,
@@ -89,6 +92,7 @@ def evaluate(
     label_column: ColumnOption = None,
     ignore_index: IgnoreIndexOption = None,
     label_shift: LabelShiftOption = 0,
+    label_palette: PaletteOption = None,
     streaming: StreamingOption = False,
     skip_broken: SkipBrokenOption = False,
     batch_size: BatchSizeOption = 1,
@@ -122,6 +126,7 @@ def evaluate(
         "class_names": classes,
         "ignore_index": ignore_index,
         "label_shift": label_shift,
+        "label_palette": label_palette,
         "streaming": streaming,
     }
     # What changes the metrics, for results.json.
@@ -137,7 +142,7 @@ def evaluate(
         model=model,
         compare_with=compare_with,
         accelerator=accelerator,
-        settings=settings | {"dtype": dtype.value, "label_shift": label_shift},
+        settings=settings | {"dtype": dtype.value, "label_shift": label_shift, "label_palette": label_palette},
         options=settings
         | {"boundary": boundary, "skip_broken": skip_broken, "workers": workers}
         | {"save_every": save_every, "resume": resume, "seed": seed},
@@ -145,6 +150,10 @@ def evaluate(
         predictions=predictions,
     )
     all_data = load_data(find_datasets(sources, data_root), split, reading_options)
+    if validation_split is not None:
+        from san_hf.data import set_aside
+
+        all_data = [set_aside(data, validation_split, seed)[1] for data in all_data]
     folders = name_folders([data.name for data in all_data], output)
     with ExitStack() as locks:
         open_folders(folders, resume, overwrite, accelerator, locks)

@@ -27,6 +27,15 @@ DataRootOption = Annotated[
     ),
 ]
 SplitOption = Annotated[str, typer.Option(metavar="SPLIT", help="Which part of the set.")]
+ValidationShareOption = Annotated[
+    float | None,
+    typer.Option(
+        "--validation-split",
+        metavar="SHARE",
+        show_default=False,
+        help="Only the share of --split that a training with data.validation_split=SHARE and the same seed sets aside.",
+    ),
+]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="DIR", help="Each set's results go to a folder in here.")
 ]
@@ -59,7 +68,7 @@ CompareOption = Annotated[
         help="Evaluate this model as well, and draw it beside, such as the one before fine-tuning.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of the choice of random images.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of the choice of random images, and of --validation-split.")]
 ClassesOption = Annotated[
     str | None,
     typer.Option(
@@ -77,13 +86,25 @@ SynonymsOption = Annotated[
         "put into the prompts as they are, as in SAN's published results.",
     ),
 ]
-ColumnOption = Annotated[str | None, typer.Option(metavar="NAME", show_default=False)]
+ColumnOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", show_default=False, help="A column's name; of two folders, the folder's."),
+]
 IgnoreIndexOption = Annotated[
     int | None,
     typer.Option(metavar="LABEL", show_default=False, help="The label of pixels that have none; usually 255."),
 ]
 LabelShiftOption = Annotated[
     int, typer.Option(metavar="N", help="Added to the labels; -1 where they start at 1 and 0 means none.")
+]
+PaletteOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PALETTE",
+        show_default=False,
+        help="What the colours of label maps stand for: binary (black and white), voc, cityscapes, or a file of "
+        "colours and classes.",
+    ),
 ]
 StreamingOption = Annotated[
     bool, typer.Option("--streaming", help="Read a dataset from the Hub while evaluating, without a download.")

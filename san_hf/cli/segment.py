@@ -29,6 +29,7 @@ from san_hf.data.class_names import is_class_list, read_class_names
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.inference.writers import FORMATS, output_files
 from san_hf.messages import join_some, printable
+from san_hf.paths import expand_path, list_images
 from san_hf.progress import PlainConsole, progress_bar
 
 
@@ -167,33 +168,28 @@ def find_images(patterns: list[str], output: Path) -> list[tuple[str, Path]]:
     The files that are meant, each once, and for each a relative path to name its outputs after (without extension).
 
     A file is taken as it is; of a folder, everything below it with an image's ending, except for hidden files and the
-    output folder; anything else is a pattern. What doesn't exist stays, to be reported with the others.
+    output folder: see [`san_hf.paths.list_images`]. Anything else is a pattern. What doesn't exist stays, to be
+    reported with the others.
     """
-    from PIL import Image
-
-    endings = Image.registered_extensions()
     found: dict[str, tuple[str, Path]] = {}
-    for pattern in patterns:
+    for pattern in map(expand_path, patterns):
         if os.path.isdir(pattern):
-            folder = Path(pattern)
-            inside = [
-                path
-                for path in sorted(folder.rglob("*"))
-                if path.suffix.lower() in endings
-                and path.is_file()
-                and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-                and not path.resolve().is_relative_to(output.resolve())
-            ]
-            if not inside:
-                fail(f"There is no image in the folder '{printable(pattern)}'.")
-            matches = [(str(path), path.relative_to(folder).with_suffix("")) for path in inside]
+            listing = list_images(pattern, exclude=output)
+            left_out = listing.describe_left_out()
+            if not listing.files:
+                fail(f"There is no image in the folder '{printable(pattern)}'. {left_out}".strip())
+            matches = [(str(path), path.relative_to(listing.folder).with_suffix("")) for path in listing.files]
         elif not os.path.exists(pattern) and glob.has_magic(pattern):
-            files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-            matches = [(file, Path(Path(file).stem)) for file in files]
+            all_matches = sorted(glob.glob(pattern, recursive=True))
+            matches = [(file, Path(Path(file).stem)) for file in all_matches if os.path.isfile(file)]
+            others = [printable(file) for file in all_matches if not os.path.isfile(file)]
+            left_out = f"Left out of '{printable(pattern)}': no files: {join_some(others, 4)}." if others else ""
             if not matches:
-                fail(f"Nothing matches the pattern '{printable(pattern)}'.")
+                fail(f"Nothing matches the pattern '{printable(pattern)}'. {left_out}".strip())
         else:
-            matches = [(pattern, Path(Path(pattern).stem))]
+            left_out, matches = "", [(pattern, Path(Path(pattern).stem))]
+        if left_out:
+            show(left_out, error=True)
         for match in matches:
             found.setdefault(os.path.realpath(match[0]), match)
     return list(found.values())

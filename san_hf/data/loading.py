@@ -1,8 +1,9 @@
-"""Opening data sets of any kind: prepared benchmarks, data sets on the Hub, folders of files."""
+"""Opening data sets of any kind: prepared benchmarks, data sets on the Hub, folders of files, `datasets`' objects."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ import datasets
 from datasets import Image as ImageFeature
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
-from PIL import Image
 
-from san_hf.messages import join_some, one_line
+from san_hf.messages import one_line
+from san_hf.paths import expand_path
 from san_hf.vocabularies import VOCABULARIES
 
 from .class_names import read_class_names
 from .dataset import SegmentationDataset
 from .errors import DataError
+from .folders import IMAGE_FOLDERS, LABEL_FOLDERS, open_folders
+from .label_checks import check_labels
+from .palettes import load_palette
+from .splits import split_names, take_split
 
 
 # What describes a prepared data set, beside its data/*.parquet.
@@ -26,12 +31,12 @@ CLASS_FILES = ("classes.txt", "classes.json")
 IMAGE_COLUMNS = ("image",)
 LABEL_COLUMNS = ("label", "annotation", "mask", "label_map", "segmentation_map", "semantic_map")
 FILE_NAME_COLUMNS = ("file_name", "filename", "image_id")
-# Of so many examples, evenly spread, the first must have a pixel with a label.
-_EXAMPLES_TO_PROBE = 256
+# Objects of `datasets` that are taken as they are.
+Opened = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
 
 
 def load_segmentation_dataset(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Opened,
     split: str,
     *,
     image_column: str | None = None,
@@ -39,6 +44,7 @@ def load_segmentation_dataset(
     class_names: str | os.PathLike | Sequence[str] | None = None,
     ignore_index: int | None = None,
     label_shift: int = 0,
+    label_palette: str | os.PathLike | Mapping[Any, str | int] | None = None,
     streaming: bool = False,
     config_name: str | None = None,
     revision: str | None = None,
@@ -52,39 +58,52 @@ def load_segmentation_dataset(
               needed;
             - a folder with `images/` and `labels/` (files of the same name but for the ending; labels are images of
               one channel, or with a palette, whose indices count), either directly, or in a folder of the split's
-              name, or holding such folders. Beside them may lie the class list, classes.txt or classes.json;
-            - any other repository on the Hub, or folder, that `datasets.load_dataset` opens.
-        split: such as "train"; where `datasets` reads it, also a part such as "train[:100]".
-        image_column, label_column: by default those of the usual names.
+              name, or holding such folders, or with lists of the splits' images (train.txt, or VOC's
+              ImageSets/Segmentation/train.txt). Other usual names of the two, such as `img_dir/` and `ann_dir/`, are
+              known, too. Beside them may lie the class list, classes.txt or classes.json;
+            - any other repository on the Hub, or folder, that `datasets.load_dataset` opens;
+            - an object of `datasets`: `Dataset`, `DatasetDict`, or their streamed kinds.
+        split: such as "train", which is also the one split of a pair of folders without splits; or, unless it is
+            streamed, a part such as "train[:100]" or "train[:80%]".
+        image_column, label_column: by default those of the usual names; of a pair of folders, their names.
         class_names: the names in the order of their labels; or the name of one of `san_hf.VOCABULARIES`; or a file:
             text with one name a line, or JSON, a list of names or names by label ({"0": "sky", ...}).
         ignore_index: what pixels without a label have. By default what the prepared set says, else 255, or 65535 for
             more than 255 classes.
         label_shift: what to add to the labels; -1 where 0 stands for "no label" and classes count from 1. What falls
             below 0 becomes `ignore_index`; `ignore_index` itself stays.
+        label_palette: what the colours of the label maps stand for, where they hold colours rather than numbers:
+            "binary" (black and white for two classes), "voc", "cityscapes", or a file or mapping of colours and
+            classes, see [`san_hf.data.palettes.load_palette`].
         streaming: read while iterating, rather than download first. There are then no indices and no length.
         config_name: of a repository that has several configurations.
         revision: branch, tag or commit of the repository.
 
     Raises:
         DataError: there is no such data set, split or column, the split is empty or without any label, files lack
-            their counterpart, no classes are known, or the ignore index is one of them.
+            their counterpart, no classes are known, the ignore index is one of them, or the label maps can't be meant,
+            such as black and white for two classes.
     """
-    source = os.fspath(source)
-    metadata = _read_metadata(source, revision)
-    if metadata is None and (pairs := _find_pairs(Path(source), split)):
-        dataset, listed = _pair_files(*pairs), next(filter(Path.is_file, _class_files(Path(source), split)), None)
-        name = Path(source).resolve().name
-        if streaming:
-            dataset = dataset.to_iterable_dataset(num_shards=min(len(dataset), 64))
+    metadata, listed = None, None
+    as_objects = isinstance(source, Opened)
+    if as_objects:
+        dataset = _take_object(source, split)
+        where, name = "the data set", getattr(dataset.info, "dataset_name", None) or "data"
     else:
-        dataset = _load(source, split, metadata, streaming, config_name, revision)
-        listed, name = None, source
-        if os.path.isdir(source):
+        source = where = expand_path(source)
+        name = Path(source).resolve().name if os.path.isdir(source) else source
+        metadata = _read_metadata(source, revision)
+        dataset = None
+        if metadata is None and os.path.isdir(source):
+            dataset = open_folders(Path(source), split, image_column, label_column)
             listed = next(filter(Path.is_file, _class_files(Path(source), split)), None)
-            name = Path(source).resolve().name
-    dataset = _select_columns(dataset, source, split, image_column, label_column)
+        if dataset is not None:
+            image_column = label_column = None
+        else:
+            dataset = _load(source, split, metadata, streaming, config_name, revision)
+    dataset = _select_columns(dataset, f"'{where}'", split, image_column, label_column)
 
+    given_index = ignore_index
     if metadata is not None:
         name = metadata["name"]
         ignore_index = metadata["ignore_index"] if ignore_index is None else ignore_index
@@ -97,9 +116,9 @@ def load_segmentation_dataset(
             )
     if class_names is None and listed is None:
         raise DataError(
-            f"The class names of '{source}' are not known. Give class_names: a list, a file with one name a line, or "
+            f"The class names of '{where}' are not known. Give class_names: a list, a file with one name a line, or "
             f"one of {', '.join(VOCABULARIES)}"
-            + (f"; or put a {CLASS_FILES[0]} there." if os.path.isdir(source) else ".")
+            + (f"; or put a {CLASS_FILES[0]} there." if os.path.isdir(where) else ".")
         )
     names = read_class_names(class_names if class_names is not None else listed or "")
     if ignore_index is None:
@@ -109,23 +128,25 @@ def load_segmentation_dataset(
             f"ignore_index {ignore_index} is the label of the class {names[ignore_index]!r}: expected a value beyond "
             f"0..{len(names) - 1}."
         )
-    data = SegmentationDataset(dataset, names, ignore_index, name, split, label_shift)
-    if not streaming:
-        _check_annotated(data)
+    palette = None
+    if label_palette is not None:
+        if label_shift:
+            raise DataError("label_palette says what each colour stands for: leave label_shift out.")
+        palette = load_palette(label_palette, names, ignore_index)
+    data = SegmentationDataset(dataset, names, ignore_index, name, split, label_shift, palette)
+    check_labels(data, prepared=metadata is not None, ignore_is_meant=given_index is not None)
+    if streaming and isinstance(dataset, datasets.Dataset):
+        data = replace(data, dataset=dataset.to_iterable_dataset(num_shards=min(len(dataset), 64)))
     return data
 
 
-def _check_annotated(data: SegmentationDataset) -> None:
-    """Goes through examples, evenly spread, until one has a label; usually the first."""
-    count = min(len(data), _EXAMPLES_TO_PROBE)
-    for number in range(count):
-        if (data[number * len(data) // count][1] != data.ignore_index).any():
-            return
-    raise DataError(
-        f"{data.name}: no pixel of {'the' if count == len(data) else 'any of'} {count} examples of {data.split} "
-        f"{'' if count == len(data) else 'that were looked at '}has a label: all are {data.ignore_index}, which stands "
-        "for none. Check the label files, the ignore index and the shift of the labels."
-    )
+def _take_object(source: Opened, split: str) -> datasets.Dataset | datasets.IterableDataset:
+    """The split, or parts of splits, of an object of `datasets`. A single data set without a name goes by any."""
+    if isinstance(source, dict):
+        return take_split(split, source, source.__getitem__, "The DatasetDict")
+    known = [str(source.split)] if source.split is not None else split_names(split)
+    # What `datasets` calls "train[:10]" is a part that was taken already.
+    return take_split(split, [*known, *split_names(known[0])], lambda _: source, "The data set")
 
 
 def _read_metadata(source: str, revision: str | None) -> dict[str, Any] | None:
@@ -164,30 +185,31 @@ def _load(
     revision: str | None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The split as `datasets` loads it."""
-    stem = split.partition("[")[0]
-    if metadata is not None and stem not in metadata["splits"]:
-        raise DataError(f"'{source}' has no split {split!r}, expected one of {', '.join(metadata['splits'])}.")
     arguments: dict[str, Any] = {"path": source, "name": config_name, "revision": revision}
     if metadata is not None:
-        # Only this split is downloaded or copied.
-        arguments["data_files"] = {stem: f"data/{stem}-*.parquet"}
+        known, names = list(metadata["splits"]), split_names(split)
+        if unknown := [name for name in names if name not in known]:
+            raise DataError(f"'{source}' has no split {unknown[0]!r}, expected one of {', '.join(known)}.")
+        # Only these splits are downloaded or copied.
+        arguments["data_files"] = {name: f"data/{name}-*.parquet" for name in names}
     try:
         dataset = datasets.load_dataset(**arguments, split=split, streaming=streaming)
     # Every builder, file system and network has errors of its own.
     except Exception as error:
         if "corresponds to no data" in str(error):
-            raise _empty(split, source) from error
+            raise _empty(split, f"'{source}'") from error
         reason = one_line(error)
         raise DataError(
             f"The split {split!r} of '{source}' can't be loaded: {reason}. Expected a folder that san-hf prepare "
-            "wrote, a folder with images/ and labels/, or a data set that datasets.load_dataset opens."
+            f"wrote, a data set that datasets.load_dataset opens, or two folders: {' or '.join(IMAGE_FOLDERS)} with "
+            f"images, and {' or '.join(LABEL_FOLDERS)} with label maps. Folders of other names are given by "
+            "image_column and label_column."
         ) from error
     return dataset
 
 
-def _select_columns(dataset, source: str, split: str, image_column: str | None, label_column: str | None):
+def _select_columns(dataset, where: str, split: str, image_column: str | None, label_column: str | None):
     """The columns under our names, not decoded."""
-    where = f"'{source}'"
     # Before anything else: of a stream, columns would be decoded on the way to a selection of them.
     dataset = _undecoded(dataset)
     first = None
@@ -197,7 +219,7 @@ def _select_columns(dataset, source: str, split: str, image_column: str | None, 
     else:
         empty = len(dataset) == 0
     if empty:
-        raise _empty(split, source)
+        raise _empty(split, where)
     columns = dataset.column_names or list(first or ())
 
     def find(role: str, given: str | None, usual: Sequence[str]) -> str:
@@ -230,8 +252,8 @@ def _select_columns(dataset, source: str, split: str, image_column: str | None, 
     return dataset.rename_columns({old: new for old, new in names.items() if old != new})
 
 
-def _empty(split: str, source: str) -> DataError:
-    return DataError(f"The split {split!r} of '{source}' is empty, expected at least one image.")
+def _empty(split: str, where: str) -> DataError:
+    return DataError(f"The split {split!r} of {where} is empty, expected at least one image.")
 
 
 def _undecoded(dataset):
@@ -241,46 +263,7 @@ def _undecoded(dataset):
     return dataset
 
 
-def _find_pairs(source: Path, split: str) -> tuple[Path, Path] | None:
-    """The folders of images and of labels, if there are such."""
-    for images in (source / split / "images", source / "images" / split, source / "images"):
-        labels = source / "labels" / split if images.name == split else images.with_name("labels")
-        if images.is_dir() and labels.is_dir():
-            return images, labels
-    if splits := sorted(path.parent.name for path in source.glob("*/images") if path.with_name("labels").is_dir()):
-        raise DataError(f"'{source}' has no split {split!r}, expected one of {', '.join(splits)}.")
-    return None
-
-
 def _class_files(source: Path, split: str) -> Iterator[Path]:
-    for folder in (source / split, source):
+    for folder in (*(source / name for name in split_names(split)), source):
         for name in CLASS_FILES:
             yield folder / name
-
-
-def _pair_files(images: Path, labels: Path) -> datasets.Dataset:
-    """The images below one folder with the label maps of the same name below the other."""
-    found = {}
-    for folder in (images, labels):
-        files: dict[str, Path] = {}
-        for path in sorted(folder.rglob("*")):
-            name = path.relative_to(folder)
-            if path.suffix.lower() not in Image.registered_extensions() or any(x.startswith(".") for x in name.parts):
-                continue
-            stem = name.with_suffix("").as_posix()
-            if stem in files:
-                raise DataError(f"'{files[stem]}' and '{path}' have the same name: expected one file of each.")
-            files[stem] = path
-        found[folder] = files
-    for here, there in ((images, labels), (labels, images)):
-        if unpaired := [str(path) for stem, path in found[here].items() if stem not in found[there]]:
-            raise DataError(f"No file of the same name in '{there}' for {join_some(unpaired)}.")
-    if not found[images]:
-        raise DataError(f"There is no image in '{images}', expected at least one.")
-    columns = {
-        "image": [str(path) for path in found[images].values()],
-        "label": [str(found[labels][stem]) for stem in found[images]],
-        "file_name": [path.relative_to(images).as_posix() for path in found[images].values()],
-    }
-    features = {"image": ImageFeature(), "label": ImageFeature(), "file_name": datasets.Value("string")}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))

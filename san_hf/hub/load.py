@@ -15,6 +15,7 @@ from san_hf.loading import ModelError, load_complete
 from san_hf.locks import locked
 from san_hf.messages import one_line, without_passwords
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+from san_hf.paths import expand_path
 from san_hf.version import __version__
 
 
@@ -34,7 +35,7 @@ def resolve(
     folder. Any other name is taken for a repository on the Hub and returned unchanged.
 
     Args:
-        name_or_path: a folder, or a name.
+        name_or_path: a folder (with `~` or environment variables, if need be), or a name.
         cache_dir: where to keep downloads and conversions instead.
         revision: branch, tag or commit of the release's repository.
         token: see `huggingface_hub.hf_hub_download`.
@@ -44,7 +45,7 @@ def resolve(
         OSError: the file can't be downloaded: no network and nothing cached, no such revision, no access.
         san_hf.conversion.ConversionError: it isn't the checkpoint it should be.
     """
-    name = os.fspath(name_or_path)
+    name = expand_path(name_or_path)
     if Path(name).is_dir():
         return name
     if name in RELEASES:
@@ -96,7 +97,7 @@ def load_model(
     Raises:
         ModelError: there is no such model, or it isn't a complete SAN.
     """
-    name = os.fspath(name_or_path)
+    name = expand_path(name_or_path)
     if os.path.isfile(name):
         raise ModelError(
             f"The model '{name}' is a file, expected a folder. A checkpoint of the original SAN becomes one by "

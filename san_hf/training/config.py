@@ -81,17 +81,28 @@ class DataSection(Section):
     source: str = Field(
         description="A folder that `san-hf prepare` wrote, a data set on the Hub, or a folder with images/ and labels/."
     )
-    split: str = Field("train", description="What to train on.")
+    split: str = Field("train", description="What to train on; also a part, such as `train[:80%]`.")
     validation_source: str | None = Field(
         None,
         description="Data to evaluate on. What the other keys say of `source` holds for it, too, but for `config_name` "
         "and `revision`. Default: `source`.",
     )
-    validation_split: str | None = Field("validation", description="Its split; `null` for no evaluation.")
+    validation_split: str | float | None = Field(
+        "validation",
+        description="Its split; or a number between 0 and 1, to set that share of `split` aside, by image and `seed`; "
+        "`null` for no evaluation.",
+    )
+    shared_images: Literal["error", "warn"] = resumable_field(
+        "error", "What training and validation sharing an image is."
+    )
     config_name: str | None = Field(None, description="Of a data set on the Hub that has several configurations.")
     revision: str | None = Field(None, description="Branch, tag or commit of a data set on the Hub.")
-    image_column: str | None = Field(None, description="Column of the images. Default: the usual names.")
-    label_column: str | None = Field(None, description="Column of the label maps. Default: the usual names.")
+    image_column: str | None = Field(
+        None, description="Column, or of a pair of folders the one, of the images. Default: the usual names."
+    )
+    label_column: str | None = Field(
+        None, description="Column, or of a pair of folders the one, of the label maps. Default: the usual names."
+    )
     class_names: str | list[str] | None = Field(
         None,
         description="Class names by label: a list, a file, or a benchmark's name such as `voc`. Default: what the data "
@@ -99,9 +110,29 @@ class DataSection(Section):
     )
     ignore_index: int | None = Field(None, description="Value of unlabelled pixels. Default: what the data set says.")
     label_shift: int = Field(0, description="Added to labels; -1 where 0 means unlabelled and classes count from 1.")
+    label_palette: str | None = Field(
+        None,
+        description="What the colours of label maps stand for: `binary` (black and white), `voc`, `cityscapes`, or a "
+        "file of colours and classes.",
+    )
     streaming: bool = Field(False, description="Read while training instead of downloading first.")
     shuffle_buffer: int = Field(1000, description="With `streaming`: examples to draw from at random.", ge=1)
     workers: int = resumable_field(4, "Processes that decode and augment, for each training process; 0 for none.", ge=0)
+
+    @model_validator(mode="after")
+    def check(self):
+        if isinstance(self.validation_split, float):
+            if not 0 < self.validation_split < 1:
+                raise ValueError(
+                    f"validation_split is {self.validation_split:g}, expected a split's name, or a number between 0 "
+                    "and 1 such as 0.1"
+                )
+            if self.validation_source is not None:
+                raise ValueError(
+                    "validation_split is a share of the training images, and validation_source names others: leave one "
+                    "of them out"
+                )
+        return self
 
 
 class AugmentationSection(Section):

@@ -12,6 +12,7 @@ from pydantic_core import PydanticUndefined
 
 from san_hf.files import write_file
 from san_hf.messages import one_line
+from san_hf.paths import expand_path
 
 from .config import ConfigError, TrainingConfig, fields, is_resumable, suggest, value_at
 
@@ -28,7 +29,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         ConfigError: there is neither.
     """
-    path = Path(name)
+    path = Path(expand_path(name))
     if path.exists():
         return path
     packaged = RECIPES / f"{name}.yaml"
@@ -163,7 +164,7 @@ def _read_file(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"'{path}': base: got {base!r}, expected the name of a YAML file beside it.")
     if path.resolve() in seen:
         raise ConfigError(f"'{path}' is its own base, by way of {', '.join(map(str, seen))}.")
-    return _merge(_read_file(path.parent / base, (*seen, path.resolve())), values)
+    return _merge(_read_file(path.parent / expand_path(base), (*seen, path.resolve())), values)
 
 
 def _merge(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from san_hf.files import remove_leftovers
 from san_hf.locks import InUseError, locked
 from san_hf.messages import join_some, one_line
+from san_hf.paths import expand_path
 
 from .checkpoint import list_checkpoints, read_checkpoint
 from .config import ConfigError, TrainingConfig, changes
@@ -29,7 +30,7 @@ class RunFolder:
 
     def __init__(self, config: TrainingConfig):
         self.config = config
-        self.path = Path(config.output).expanduser()
+        self.path = Path(expand_path(config.output))
         self._stack = ExitStack()
         self._made: list[Path] = []
         self._is_new = self._begun = False

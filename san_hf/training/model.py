@@ -6,6 +6,7 @@ from transformers import AutoTokenizer
 from san_hf.data import SegmentationDataset
 from san_hf.hub import load_model
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+from san_hf.paths import expand_path
 
 from .config import ConfigError, ModelSection
 
@@ -30,6 +31,7 @@ def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANFo
             model.config.validate()
         else:
             revision = {"revision": section.revision}
+            start = expand_path(start)
             model = SANForSemanticSegmentation.from_clip(start, dtype=torch.float32, **revision, **fields)
             tokenizer = AutoTokenizer.from_pretrained(start, **revision)
             processor = SANProcessor(SANImageProcessor(size=_size(model.config.image_size)), tokenizer)

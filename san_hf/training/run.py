@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from san_hf.data import SegmentationDataset, load_segmentation_dataset
+from san_hf.data import SegmentationDataset, check_disjoint, load_segmentation_dataset, set_aside
 from san_hf.data.fingerprint import Fingerprint
 from san_hf.evaluation.evaluator import Evaluation, evaluate
 from san_hf.evaluation.pictures import draw_kept
@@ -255,15 +255,20 @@ class Run:
             "class_names": section.class_names,
             "ignore_index": section.ignore_index,
             "label_shift": section.label_shift,
+            "label_palette": section.label_palette,
             "streaming": section.streaming,
         }
         version: dict[str, Any] = {"config_name": section.config_name, "revision": section.revision}
         data = load_segmentation_dataset(section.source, section.split, **options, **version)
         if section.validation_split is None:
             return data, None
-        if section.validation_source is None:
-            return data, load_segmentation_dataset(section.source, section.validation_split, **options, **version)
-        return data, load_segmentation_dataset(section.validation_source, section.validation_split, **options)
+        if isinstance(section.validation_split, float):
+            return set_aside(data, section.validation_split, self.config.seed)
+        source = section.validation_source or section.source
+        options |= version if section.validation_source is None else {}
+        validation = load_segmentation_dataset(source, section.validation_split, **options)
+        check_disjoint(data, validation, allow=section.shared_images == "warn")
+        return data, validation
 
     def _describe_best(self) -> str:
         if best := self.progress["best"]:

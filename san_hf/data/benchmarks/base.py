@@ -169,10 +169,9 @@ def read_png(labels: Path, size: tuple[int, int]) -> "np.ndarray":
     """The values of a label map's file."""
     from PIL import Image
 
-    from san_hf.data.dataset import to_label_map
+    from san_hf.data.label_files import read_label_map
     from san_hf.images import pixel_limit
 
     with pixel_limit(), Image.open(labels) as image:
         check_size(image, size)
-        image.load()
-        return to_label_map(image)
+        return read_label_map(image)
