@@ -6,7 +6,7 @@ Memory and time are bounded by the pickle's length. Objects come out as [`Call`]
 import pickletools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 
 class Name(NamedTuple):
@@ -57,7 +57,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _BYTES = {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
 
 
-def read_pickle(stream: BinaryIO) -> Contents:
+def read_pickle(stream: IO[bytes]) -> Contents:
     """
     Reads one pickle; the stream is left behind it.
 
@@ -104,9 +104,7 @@ def _step(code: str, argument: Any, stack: list, memo: dict[int, Any], contents:
     elif code == "TUPLE":
         stack.append(tuple(_pop_to_mark(stack)))
     elif code in _TUPLES:
-        items = tuple(stack[-_TUPLES[code] :])
-        del stack[-_TUPLES[code] :]
-        stack.append(items)
+        stack[-_TUPLES[code] :] = [tuple(stack[-_TUPLES[code] :])]
     elif code == "EMPTY_LIST":
         stack.append([])
     elif code == "LIST":
