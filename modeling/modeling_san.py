@@ -21,13 +21,15 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
-from .configuration_san import SANConfig
+from .configuration_san import SANConfig, check_carried_names
 from .loss_san import mask_classification_loss, split_semantic_map
 from .side_adapter_san import AttentionBiasScaling, MaskDecoder, SideAdapter
 
 
 # Prompts that go through the text tower at once: bounds memory for large vocabularies.
 TEXT_BATCH_SIZE = 1024
+# What says where a file of a checkpoint is, among the arguments of `from_pretrained`.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -139,6 +141,10 @@ class SANPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    def __init__(self, config: SANConfig, *args, **kwargs):
+        config.validate()  # its fields may have been set one by one
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         # As the original starts them: by what its libraries do for each kind of layer.
@@ -163,12 +169,35 @@ class SANPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.class_embeds)
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """[`PreTrainedModel.from_pretrained`], and CLIP frozen as `config.freeze_clip` says."""
-        loaded = super().from_pretrained(*args, **kwargs)
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, config=None, output_loading_info: bool = False, **kwargs
+    ):
+        """
+        [`PreTrainedModel.from_pretrained`], and CLIP frozen as `config.freeze_clip` says.
+
+        Raises:
+            ValueError: `config` or the other arguments name other classes than those that the checkpoint carries
+                embeddings for, or it lacks these embeddings.
+        """
+        if getattr(config, "vocabulary_size", 0) and pretrained_model_name_or_path is not None:
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            saved = SANConfig.get_config_dict(pretrained_model_name_or_path, **where)[0]
+            if saved.get("vocabulary_size"):
+                names = ("id2label", "num_labels", "vocabulary_size")
+                check_carried_names(saved, {name: getattr(config, name) for name in names})
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
+        lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+        if "class_embeds" in lacking:
+            raise ValueError(
+                f"'{pretrained_model_name_or_path}' lacks the embeddings of the {model.config.vocabulary_size} classes "
+                "that its configuration names, or has another number of them. Load it with vocabulary_size=0; then "
+                "model.set_vocabulary makes them."
+            )
         # Loading makes new parameters, all of them trainable.
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze_clip()
-        return loaded
+        model.freeze_clip()
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):
         """[`PreTrainedModel.save_pretrained`]; [`AutoModel`] finds [`SANModel`] in the folder, whatever was saved."""
@@ -234,6 +263,10 @@ class SANModel(SANPreTrainedModel):
     """
 
     input_modalities = ("image",)
+    # The parts of SANForSemanticSegmentation that this one leaves out of its checkpoints.
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(text_model|text_projection)\.|^(logit_scale|no_object_embed|class_embeds)$"
+    ]
 
     def __init__(self, config: SANConfig):
         super().__init__(config)
@@ -386,6 +419,7 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         carried = torch.zeros(config.vocabulary_size, embed_dim) if config.vocabulary_size else None
         self.register_buffer("class_embeds", carried)
         self.post_init()
+        self._keys_to_ignore_on_load_unexpected = set()  # here, what the base model leaves out counts
         self.freeze_clip()
 
     @classmethod
@@ -458,6 +492,14 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
                 f"input_ids hold ids of {input_ids.min()}..{input_ids.max()}, outside CLIP's vocabulary of "
                 f"{vocab_size} tokens. Use the tokenizer that belongs to the checkpoint."
             )
+        # 2 stands for the highest id, in configurations of old.
+        eos_token_id = text_config.eos_token_id
+        if not torch.compiler.is_compiling() and eos_token_id != 2:
+            if not (input_ids == eos_token_id).any(dim=-1).all():
+                raise ValueError(
+                    f"input_ids hold prompts without CLIP's end-of-text token ({eos_token_id}), off which their "
+                    "embedding is read. Use the tokenizer that belongs to the checkpoint."
+                )
         embeds = [
             F.normalize(self.text_projection(self.text_model(input_ids=prompts).pooler_output), dim=-1)
             for prompts in input_ids.flatten(0, 1).split(TEXT_BATCH_SIZE)
@@ -501,9 +543,10 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
             repeated = sorted({name for name in class_names if class_names.count(name) > 1})
             raise ValueError(f"Class names must differ from each other; repeated: {repeated}.")
         self.class_embeds = nn.Buffer(class_embeds.to(self.no_object_embed).clone())
-        self.config.vocabulary_size = len(class_names)
+        self.config.vocabulary_size = 0  # names of carried embeddings can't be changed
         self.config.id2label = dict(enumerate(class_names))
         self.config.label2id = {name: i for i, name in enumerate(class_names)}
+        self.config.vocabulary_size = len(class_names)
 
     def _check_class_embeds(self, class_embeds: torch.Tensor) -> None:
         width = self.config.clip_embed_dim

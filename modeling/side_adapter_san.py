@@ -118,7 +118,9 @@ class SideAdapterFusion(nn.Module):
 
     def forward(self, clip_feature_map: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, W, Hc, Wc) -> (B, Hs * Ws, Ca)."""
-        projected = self.proj(self.norm(clip_feature_map.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        # Tokens (B, Hc * Wc, W) rather than maps: 8-bit linear layers take three dimensions at most.
+        projected = self.proj(self.norm(clip_feature_map.flatten(2).transpose(1, 2))).transpose(1, 2)
+        projected = projected.unflatten(2, clip_feature_map.shape[-2:])
         resized = F.interpolate(projected, size=grid, mode="bilinear", align_corners=False)
         return resized.flatten(2).transpose(1, 2)
 

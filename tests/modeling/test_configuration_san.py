@@ -1,12 +1,17 @@
 """SANConfig: defaults, what it refuses, and its way through JSON."""
 
+import copy
+import dataclasses
+import math
 import re
+from collections.abc import Iterator
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, CLIPConfig
+from transformers import AutoConfig, CLIPConfig, PreTrainedConfig
 
-from san_hf import SANConfig
+from san_hf import SANConfig, SANForSemanticSegmentation
 from tests.tiny import tiny_config
 
 
@@ -67,10 +72,15 @@ CONTRADICTIONS = {
     "pooling": ({"bias_pooling": "min"}, "bias_pooling must be one of"),
     "bias heads": ({"num_bias_heads": 3}, "num_bias_heads must be None, 1 or CLIP's 2 heads, got 3"),
     "bias layers": ({"num_bias_layers": 3}, "num_bias_layers must be 0, 1 or the number of deep CLIP layers"),
-    "scale": ({"clip_image_scale": 0}, "clip_image_scale must be positive, got 0"),
-    "drop path": ({"drop_path_rate": 1.0}, "drop_path_rate must be in [0, 1), got 1.0"),
-    "no queries": ({"num_queries": 0}, "num_queries must be at least 1, got 0"),
-    "no decoder": ({"decoder_num_layers": 0}, "decoder_num_layers must be at least 1, got 0"),
+    "scale": ({"clip_image_scale": 0}, "clip_image_scale must be a number in 0.001..4.0, got 0"),
+    "drop path": ({"drop_path_rate": 1.0}, "drop_path_rate must be a number in 0.0..0.999, got 1.0"),
+    "CLIP's channels": ({"num_channels": 4}, "num_channels (4) must be CLIP's"),
+    "image smaller than a patch": ({"image_size": 4, "patch_size": 8}, "image_size (4) must hold 1..1024 patches"),
+    "nothing left for CLIP": ({"clip_image_scale": 0.01}, "clip_image_scale (0.01) must leave at least one"),
+    "activation": ({"hidden_act": "nope"}, "hidden_act must be one of"),
+    "vocabulary without names": ({"vocabulary_size": 3}, "vocabulary_size (3) must be the number of names in id2label"),
+    "no queries": ({"num_queries": 0}, "num_queries must be an integer in 1..10000, got 0"),
+    "no decoder": ({"decoder_num_layers": 0}, "decoder_num_layers must be an integer in 1..256, got 0"),
 }
 
 
@@ -84,8 +94,14 @@ def test_contradictions_are_refused(name):
 
 def test_all_contradictions_are_named_at_once():
     """A user who mends one value only to meet the next error."""
-    with pytest.raises(StrictDataclassError, match="(?s)num_attention_heads.*bias_pooling.*num_queries"):
-        tiny_config(num_attention_heads=5, bias_pooling="min", num_queries=0)
+    with pytest.raises(StrictDataclassError, match="(?s)num_attention_heads.*bias_pooling.*num_bias_heads"):
+        tiny_config(num_attention_heads=5, bias_pooling="min", num_bias_heads=3)
+    with pytest.raises(StrictDataclassError, match="(?s)num_queries.*class_weight.*vision_config.patch_size"):
+        tiny_config(
+            num_queries=0,
+            class_weight=float("nan"),
+            clip_config={"vision_config": {"patch_size": 0}, "text_config": {}},
+        )
 
 
 @pytest.mark.parametrize(("field", "value"), [("hidden_size", "24"), ("num_queries", 2.5), ("bias_pooling", None)])
@@ -93,3 +109,63 @@ def test_wrong_types_are_refused(field, value):
     """A string or fraction that passes for a number until deep in the model."""
     with pytest.raises(StrictDataclassError, match=field):
         tiny_config(**{field: value})
+
+
+VALUES = (0, 1, -1, 3, 2.5, 1e9, 10**9, math.nan, math.inf, True, None, "nope")
+CLIP_PARTS = (("clip_config",), ("clip_config", "vision_config"), ("clip_config", "text_config"))
+
+
+def fields_of(*path: str) -> list[tuple[str, ...]]:
+    part = tiny_config()
+    for name in path:
+        part = getattr(part, name)
+    return [(*path, field.name) for field in dataclasses.fields(part) if not (path and "label" in field.name)]
+
+
+FIELDS = [path for part in ((), *CLIP_PARTS) for path in fields_of(*part)]
+
+
+def accepted(path: tuple[str, ...]) -> Iterator[tuple[object, SANConfig]]:
+    """The values of a field that make a configuration; the others are refused in the field's name."""
+    *parts, field = path
+    clip_values = tiny_config().clip_config.to_dict()
+    for value in VALUES:
+        overrides = {field: value}
+        if parts:
+            clip_config = copy.deepcopy(clip_values)
+            (clip_config if len(parts) == 1 else clip_config[parts[1]])[field] = value
+            overrides = {"clip_config": clip_config}
+        try:
+            config = tiny_config(**overrides)
+        except (StrictDataclassError, ValueError) as error:
+            assert field in str(error), f"{value!r}: {error}"
+        else:
+            yield value, config
+
+
+INHERITED = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+NO_MATTER = {*INHERITED} - {"dtype", "output_hidden_states", "id2label", "label2id"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FIELDS if path[-1] not in (NO_MATTER if len(path) == 1 else INHERITED)],
+    ids=".".join,
+)
+def test_every_field_is_refused_by_its_name(path):
+    """A value that ends in a division by zero or another error of Python's that names no field."""
+    assert len(list(accepted(path))) < len(VALUES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FIELDS, ids=".".join)
+def test_what_is_accepted_trains(path):
+    """A value that surfaces as a shape error, a NaN or an empty memory deep in the model."""
+    for value, config in accepted(path):
+        if config.to_dict() == tiny_config().to_dict():
+            continue
+        model = SANForSemanticSegmentation(config).train()
+        images, embeds = torch.randn(1, config.num_channels, 64, 64), torch.randn(2, config.clip_embed_dim)
+        outputs = model(images, class_embeds=embeds, labels=torch.randint(0, 2, (1, 64, 64)), return_dict=True)
+        outputs.loss.backward()
+        assert outputs.loss.isfinite(), f"{path}={value!r}"

@@ -6,7 +6,16 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionModel
+import transformers
+from transformers import (
+    AutoModel,
+    AutoModelForSemanticSegmentation,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionModel,
+)
+from transformers.testing_utils import CaptureLogger
 
 import san_hf.modeling.modeling_san
 from san_hf import SANConfig, SANForSemanticSegmentation, SANModel
@@ -142,15 +151,64 @@ def test_vocabulary_travels_with_the_checkpoint(model, pixel_values, input_ids, 
     assert torch.equal(SANModel.from_pretrained(tmp_path)(pixel_values).mask_embeds, expected.mask_embeds)
 
 
-def test_vocabulary_of_another_size_is_not_loaded_silently(model, tmp_path):
-    """Class embeddings of one vocabulary under another's names."""
+NAMES = ["road", "car"]
+
+
+@pytest.mark.parametrize("loader", [SANForSemanticSegmentation, AutoModelForSemanticSegmentation])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"id2label": dict(enumerate(NAMES))},
+        {"label2id": {name: label for label, name in enumerate(NAMES)}},
+        {"num_labels": 3},
+        {"vocabulary_size": 3},
+        {"num_labels": 3, "id2label": dict(enumerate([*NAMES, "sign"])), "ignore_mismatched_sizes": True},
+        {"config": {"id2label": dict(enumerate(NAMES)), "vocabulary_size": 2}},
+        {"config": {"id2label": dict(enumerate([*NAMES, "sign"])), "vocabulary_size": 3}},
+    ],
+    ids=str,
+)
+def test_other_names_for_carried_embeddings_are_refused(model, tmp_path, loader, asked):
+    """Class embeddings of one vocabulary under another's names, whichever way these are given."""
     model.set_vocabulary(["sky", "grass"], class_embeds=torch.ones(2, 16))
     model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="mismatch"):
-        SANForSemanticSegmentation.from_pretrained(tmp_path, vocabulary_size=3)
-    other = SANForSemanticSegmentation.from_pretrained(tmp_path, vocabulary_size=3, ignore_mismatched_sizes=True)
-    assert other.class_embeds.shape == (3, 16)
-    assert torch.equal(other.no_object_embed, model.no_object_embed)
+    if "config" in asked:
+        asked = {"config": tiny_config(**asked["config"]), "ignore_mismatched_sizes": True}
+    with pytest.raises(ValueError, match="contradicts the 2 class names.*set_vocabulary"):
+        loader.from_pretrained(tmp_path, **asked)
+
+
+def test_carried_names_change_by_set_vocabulary_only(model, tmp_path):
+    """A renamed configuration of a loaded model; a vocabulary that can't be left out, or is lost without a word."""
+    model.set_vocabulary(["sky", "grass"], class_embeds=torch.ones(2, 16))
+    for field, value in (("id2label", dict(enumerate(NAMES))), ("num_labels", 3), ("label2id", {"car": 0, "sky": 1})):
+        with pytest.raises(ValueError, match="contradicts"):
+            setattr(model.config, field, value)
+    model.save_pretrained(tmp_path)
+    same = SANForSemanticSegmentation.from_pretrained(tmp_path, id2label={0: "sky", 1: "grass"}, num_labels=2)
+    assert torch.equal(same.class_embeds, model.class_embeds)
+    other = SANForSemanticSegmentation.from_pretrained(tmp_path, id2label=dict(enumerate(NAMES)), vocabulary_size=0)
+    assert other.class_embeds is None and other.config.id2label == dict(enumerate(NAMES))
+    model.set_vocabulary(NAMES, class_embeds=model.class_embeds)
+    assert model.config.id2label == dict(enumerate(NAMES))
+    model.model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="lacks the embeddings of the 2 classes"):
+        SANForSemanticSegmentation.from_pretrained(tmp_path / "base")
+
+
+@torch.no_grad()
+def test_prompts_without_their_end_are_refused(model, input_ids):
+    """Tokens of another tokenizer: every class would have the embedding of the beginning."""
+    with pytest.raises(ValueError, match="without CLIP's end-of-text token"):
+        model.get_class_embeds(input_ids[..., :-1])
+
+
+def test_base_model_loads_in_silence(model, tmp_path):
+    """A list of the text tower's parameters, as if something were wrong."""
+    model.save_pretrained(tmp_path)
+    with CaptureLogger(transformers.utils.logging.get_logger("transformers.modeling_utils")) as logged:
+        loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and not logged.out and type(loaded) is SANModel
 
 
 # ---- on CLIP

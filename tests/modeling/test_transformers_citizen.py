@@ -256,7 +256,8 @@ def test_pipeline_with_a_carried_vocabulary(model, class_embeds, tmp_path):
 def test_every_parameter_is_initialised_by_init_weights(config, tmp_path):
     """A parameter that `_init_weights` forgets: made on the meta device and missing in a checkpoint, it would be
     whatever the memory held. Its memory holds NaN here."""
-    config.recognition_token, config.vocabulary_size = "class+learned", 3
+    config.recognition_token, config.id2label = "class+learned", {0: "a", 1: "b", 2: "c"}
+    config.vocabulary_size = 3
     with torch.device("meta"):
         model = SANForSemanticSegmentation(config)
     model.to_empty(device="cpu")
