@@ -1,10 +1,31 @@
 """Loading a model that has all of its weights, or saying why not."""
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from san_hf.messages import join_some
-from san_hf.modeling import SANConfig, SANForSemanticSegmentation
+from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANProcessor
+
+
+# What Transformers would fill in by default where a saved file lacks it, and what then changes the result. (What
+# changes a shape is noticed by the weights; None may be left out.)
+CONFIG_FIELDS = (
+    "clip_config",
+    "hidden_act",
+    "layer_norm_eps",
+    "num_attention_heads",
+    "fusion_layers",
+    "recognition_layer",
+    "deep_supervision_layers",
+    "clip_image_scale",
+    "recognition_token",
+    "bias_pooling",
+)
+TOWER_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+# Files beside the weights; without any of these another tokenizer or processor would be made up.
+PROCESSOR_FILES = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 class ModelError(ValueError):
@@ -31,16 +52,35 @@ def load_complete(
     """
     location = os.fspath(location)
     hub_options = hub_options or {}
-    model_type = SANConfig.get_config_dict(location, **hub_options)[0].get("model_type")
-    if model_type != SANConfig.model_type:
+    saved = SANConfig.get_config_dict(location, **hub_options)[0]
+    if (model_type := saved.get("model_type")) != SANConfig.model_type:
         raise ModelError(
             f"'{location}' is no SAN: expected a config.json of model_type {SANConfig.model_type!r}, got "
             f"{model_type!r}."
         )
+    clip_config = saved.get("clip_config") or {}
+    lacking = [name for name in CONFIG_FIELDS if name not in saved and name not in kwargs]
+    for tower in ("text_config", "vision_config"):
+        fields = (*TOWER_FIELDS, "eos_token_id") if tower == "text_config" else TOWER_FIELDS
+        part = clip_config.get(tower) or {}
+        lacking += [f"clip_config.{tower}.{name}" for name in fields if name not in part]
+    if lacking and "config" not in kwargs:
+        raise ModelError(
+            f"'{location}' has no complete config.json: it lacks {join_some(lacking)}, which would be guessed. Get the "
+            "folder again, or add them."
+        )
     model, info = SANForSemanticSegmentation.from_pretrained(
         location, output_loading_info=True, ignore_mismatched_sizes=True, **hub_options, **kwargs
     )
-    wrong = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    wrong = sorted({*info["missing_keys"], *mismatched})
+    if changed := [name for name in kwargs if name in saved and saved[name] != kwargs[name] and name != "dtype"]:
+        if wrong:
+            raise ModelError(
+                f"{changed[0]} can't be changed: '{location}' has weights for {changed[0]}={saved[changed[0]]!r:.80}, "
+                f"got {kwargs[changed[0]]!r:.80}. What gives weights other shapes ({join_some(wrong, 3)}) is decided "
+                "before training: SANForSemanticSegmentation.from_clip starts a new one."
+            )
     if wrong:
         raise ModelError(
             f"'{location}' doesn't hold a complete SAN: its weights lack these, or have them in another shape: "
@@ -48,3 +88,91 @@ def load_complete(
             "train what is missing."
         )
     return model
+
+
+def check_processor(processor: SANProcessor, config: SANConfig, location: str | os.PathLike) -> None:
+    """
+    Refuses a processor that isn't the model's: its class names would be other tokens, without a word.
+
+    Args:
+        processor: what was loaded.
+        config: the model's configuration.
+        location: where both are from; of a folder, its files are looked at, too.
+
+    Raises:
+        ModelError: a file or setting is missing, or doesn't fit the model.
+    """
+    folder, tokenizer, text = Path(location), processor.tokenizer, config.clip_text_config
+    problems = []
+    if folder.is_dir():
+        missing = [name for name in PROCESSOR_FILES if not (folder / name).is_file()]
+        slow = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+        problems += [f"it has no {name}" for name in missing if not (name == "tokenizer.json" and slow)]
+        if not missing:
+            saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
+            images = saved.get("image_processor") or {}
+            for name in ("size", "image_mean", "image_std"):
+                if name not in images:
+                    problems.append(f"processor_config.json has no {name} in image_processor")
+    if len(tokenizer) != text.vocab_size:
+        problems.append(f"its tokenizer has {len(tokenizer)} tokens, expected {text.vocab_size} (vocab_size)")
+    # 2 stands for the highest id, in configurations of old.
+    end = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+    ids = tokenizer("a").input_ids
+    if tokenizer.eos_token_id != end or not ids or ids[-1] != end:
+        problems.append(f"its tokenizer ends texts with token {ids[-1:]}, expected {end} (eos_token_id)")
+    if ids[:1] != [tokenizer.bos_token_id] or text.bos_token_id not in (None, 0, tokenizer.bos_token_id):
+        problems.append(f"its tokenizer begins texts with token {ids[:1]}, expected {text.bos_token_id} (bos_token_id)")
+    for side in ("padding_side", "truncation_side"):
+        if getattr(tokenizer, side) != "right":
+            problems.append(f"its tokenizer's {side} is {getattr(tokenizer, side)!r}, expected 'right'")
+    if not 3 <= tokenizer.model_max_length <= text.max_position_embeddings:
+        problems.append(
+            f"its tokenizer's model_max_length is {tokenizer.model_max_length}, expected at most "
+            f"{text.max_position_embeddings} (max_position_embeddings)"
+        )
+    if problems:
+        raise ModelError(
+            f"The processor of '{location}' isn't this model's: {'; '.join(problems)}. Get the whole folder again, or "
+            "save the right processor into it: processor.save_pretrained(folder)."
+        )
+
+
+def damage(folder: str | os.PathLike) -> str | None:
+    """What stands in a model folder in place of a file's content, with what to do; `None` if nothing is seen."""
+    for path in sorted(Path(folder).glob("*")) if Path(folder).is_dir() else ():
+        if path.suffix in (".json", ".safetensors") and path.is_file() and (problem := foreign_content(path)):
+            return f"{path} {problem}"
+    return None
+
+
+def foreign_content(path: str | os.PathLike) -> str | None:
+    """
+    What a file holds instead of what its name says, with what to do: "is a Git LFS pointer, ...".
+
+    Args:
+        path: of JSON (.json), of weights (.safetensors), or of anything.
+
+    Returns:
+        `None` if it looks as its name says.
+    """
+    path = Path(path)
+    with path.open("rb") as file:
+        head = file.read(512)
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself: install git-lfs and run `git lfs pull` in the repository."
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page (perhaps an error, or a page to log in): download the file itself again."
+    if not head:
+        return "is empty: download it again."
+    if path.suffix == ".json":
+        try:
+            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+                return "is no JSON of this kind: expected an object in braces. Get it again."
+        except (ValueError, RecursionError) as error:
+            return f"isn't JSON, perhaps cut short ({str(error).splitlines()[0]}): get it again."
+    if path.suffix == ".safetensors":
+        size, length = path.stat().st_size, int.from_bytes(head[:8], "little")
+        if size < 8 or length > size - 8 or head[8:9] != b"{":
+            return "holds no safetensors weights, or is cut short: download it again."
+    return None

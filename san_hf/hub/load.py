@@ -11,7 +11,8 @@ from huggingface_hub import constants, hf_hub_download
 from san_hf.conversion import HUB_REPO, RELEASES, Release, convert_checkpoint
 from san_hf.files import remove_leftovers
 from san_hf.hub.names import EMBEDDED_MODEL
-from san_hf.loading import ModelError, load_complete
+from san_hf.hub.reach import is_repository, is_unreachable, suggestion
+from san_hf.loading import ModelError, check_processor, damage, load_complete
 from san_hf.locks import locked
 from san_hf.messages import one_line, without_passwords
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
@@ -75,7 +76,8 @@ def from_pretrained(
 
     Raises:
         OSError: there is no such model, or it can't be reached.
-        ModelError: it is another kind of model, or its weights are incomplete.
+        ModelError: no such name, another kind of model, or one whose weights, configuration or processor is incomplete
+            or doesn't fit the rest.
     """
     hub_options: dict[str, Any] = {
         "cache_dir": cache_dir,
@@ -83,9 +85,29 @@ def from_pretrained(
         "token": token,
         "local_files_only": local_files_only,
     }
-    location = resolve(name_or_path, **hub_options)
-    model = load_complete(location, hub_options=hub_options, **kwargs)
-    return model, SANProcessor.from_pretrained(location, **hub_options)
+    name = os.fspath(name_or_path)
+    known = (EMBEDDED_MODEL, *RELEASES)
+    is_known = os.path.isdir(name) or name in RELEASES or resolve(name, **hub_options) != name
+    if not is_known and not is_repository(name):
+        raise ModelError(
+            f"There is no model {name!r}: no folder of that name, none of {', '.join(known)}, and a repository on the "
+            f"Hub is owner/name.{suggestion(name, known)}"
+        )
+    if not os.path.isdir(name) and (not is_known or name in RELEASES):
+        hub_options["local_files_only"] = local_files_only or is_unreachable()
+    try:
+        location = resolve(name, **hub_options)
+        model = load_complete(location, hub_options=hub_options, **kwargs)
+        processor = SANProcessor.from_pretrained(location, **hub_options)
+    except Exception as error:
+        if is_known or os.path.isdir(name) or not hub_options["local_files_only"]:
+            raise
+        raise OSError(
+            f"There is no folder {name!r} here, it is none of {', '.join(known)}, and as a repository on the Hub it is "
+            f"not complete in the cache, with no connection to {without_passwords(constants.ENDPOINT)}.{suggestion(name, known)}"
+        ) from error
+    check_processor(processor, model.config, location)
+    return model, processor
 
 
 def load_model(
@@ -107,12 +129,12 @@ def load_model(
         return from_pretrained(name, dtype=dtype, **kwargs)
     # Broken files make torch, safetensors and tokenizers fail in ways of their own.
     except Exception as error:
-        names = (EMBEDDED_MODEL, *RELEASES)
-        looked_for = f"There is no folder here of that name, and it is none of {', '.join(names)}. On the Hub: "
-        prefix = "" if os.path.isdir(name) or name in names else looked_for
-        raise ModelError(
-            f"The model '{name}' can't be loaded. {prefix}{without_passwords(str(error)).strip()}"
-        ) from error
+        if problem := damage(name):
+            raise ModelError(f"The model '{name}' can't be loaded: {problem}") from error
+        hint = "" if os.path.isdir(name) else suggestion(name, (EMBEDDED_MODEL, *RELEASES))
+        text = " ".join(without_passwords(str(error)).split()) or type(error).__name__
+        text += "" if hint.strip() in text else hint
+        raise ModelError(f"The model '{name}' can't be loaded. {text}") from error
 
 
 def _converted(release: Release, cache_dir, revision, token, local_files_only) -> Path:

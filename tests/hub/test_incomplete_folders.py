@@ -1,0 +1,109 @@
+"""Model folders that lack something or hold something else, and names that stand for no model."""
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from san_hf.hub import save_pretrained
+from san_hf.hub.load import load_model
+from san_hf.loading import ModelError
+from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+from tests.tiny import tiny_config, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "san"
+    image_processor = SANImageProcessor(size={"shortest_edge": 64, "longest_edge": 256})
+    save_pretrained(SANForSemanticSegmentation(tiny_config()), SANProcessor(image_processor, tiny_tokenizer()), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "san")
+
+
+def change(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n"
+SETTINGS = {
+    "padding_side": ("left", "padding_side is 'left'"),
+    "truncation_side": ("left", "truncation_side is 'left'"),
+    "model_max_length": (200, "model_max_length is 200, expected at most 77"),
+    "eos_token": ("!", "ends texts with token"),
+    "bos_token": ("!", "begins texts with token"),
+}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json"])
+def test_missing_files(folder, name):
+    """A tokenizer or processor that Transformers makes up: class names of other tokens, images of another size."""
+    (folder / name).unlink()
+    with pytest.raises(ModelError, match=r"has no tokenizer|Can't load image processor"):
+        load_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_another_tokenizer(folder, name):
+    """Prompts padded or cut on the left, or read off another token than the one they end with."""
+    value, message = SETTINGS[name]
+    change(folder / "tokenizer_config.json", lambda content: content.__setitem__(name, value))
+    with pytest.raises(ModelError, match=message):
+        load_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["clip_image_scale", "fusion_layers", "bias_pooling", "clip_config"])
+def test_configuration_that_would_be_guessed(folder, name):
+    """The paper's value in place of the one that the weights were trained with."""
+    change(folder / "config.json", lambda content: content.pop(name))
+    with pytest.raises(ModelError, match=f"config.json: it lacks .*{name}"):
+        load_model(folder, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(POINTER, "Git LFS pointer"), ("<!DOCTYPE html><html>404</html>", "web page"), ("", "is empty")],
+    ids=["pointer", "page", "empty"],
+)
+def test_something_else_in_place_of_a_file(folder, name, content, message):
+    """Messages from the depths of a parser, which name neither the file nor what to do."""
+    (folder / name).write_text(content)
+    with pytest.raises(ModelError, match=f"{name} .*{message}") as error:
+        load_model(folder, torch.float32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_files_that_are_cut_short(folder, name):
+    """The same of a download or copy that was interrupted."""
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+    with pytest.raises(ModelError, match=f"{name} .*cut short"):
+        load_model(folder, torch.float32)
+
+
+def test_changed_number_of_queries(folder):
+    """Advice to get a folder again that is whole."""
+    with pytest.raises(ModelError, match="num_queries can't be changed: .* num_queries=5, got 7"):
+        load_model(folder, torch.float32, num_queries=7)
+
+
+@pytest.mark.parametrize("name", ["picturebook", "Picture-Book", "san-vit-b16", "nobody/picture-book"])
+def test_names_of_no_model(monkeypatch, name):
+    """Half a minute of attempts to reach the Hub, and no hint at the name that was meant."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://someone:secret@127.0.0.1:9")  # nothing answers there
+    meant = "san-vit-b-16" if "vit" in name else "picture-book"
+    start = time.process_time()
+    with pytest.raises(ModelError, match=f"Did you mean '{meant}'") as error:
+        load_model(name, torch.float32)
+    assert time.process_time() - start < 2 and "secret" not in str(error.value)
