@@ -104,7 +104,8 @@ def from_pretrained(
             raise
         raise OSError(
             f"There is no folder {name!r} here, it is none of {', '.join(known)}, and as a repository on the Hub it is "
-            f"not complete in the cache, with no connection to {without_passwords(constants.ENDPOINT)}.{suggestion(name, known)}"
+            f"not complete in the cache, with no connection to {without_passwords(constants.ENDPOINT)}."
+            + suggestion(name, known)
         ) from error
     check_processor(processor, model.config, location)
     return model, processor
