@@ -226,13 +226,17 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
         return
     for name in names:
         match, leftover = _TEMPORARY_NAME.fullmatch(name), folder / name
-        if match is None or not _is_abandoned(leftover):
+        if match is None:
             continue
-        target = folder / match["target"]
-        if match["kind"] == "replaced" and not os.path.lexists(target):
-            os.rename(leftover, target)
-        else:
-            _remove(leftover)
+        # Held until it is gone: who has made it just now and finds it locked takes another name.
+        with _abandoned(leftover) as abandoned:
+            if not abandoned:
+                continue
+            target = folder / match["target"]
+            if match["kind"] == "replaced" and not os.path.lexists(target):
+                os.rename(leftover, target)
+            else:
+                _remove(leftover)
 
 
 def _without_nan(value: Any) -> Any:
@@ -255,9 +259,8 @@ def _create_file(path: Path) -> tuple[Path, int]:
     while True:
         temporary = _temporary_name(path, "partial")
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
-        try_lock(descriptor)
-        # Another process may have taken it for a leftover before it was locked.
-        if os.path.lexists(temporary):
+        # Another process or thread may take it for a leftover before it is locked: it holds the lock then, or held it.
+        if try_lock(descriptor) is not False and os.path.lexists(temporary):
             return temporary, descriptor
         os.close(descriptor)
 
@@ -274,8 +277,7 @@ def _create_folder(path: Path) -> tuple[Path, int | None]:
             descriptor = os.open(temporary, os.O_RDONLY)
         except FileNotFoundError:  # another process has taken it for a leftover
             continue
-        try_lock(descriptor)
-        if os.path.lexists(temporary):
+        if try_lock(descriptor) is not False and os.path.lexists(temporary):
             return temporary, descriptor
         os.close(descriptor)
 
@@ -341,17 +343,22 @@ def _clear_once(folder: Path) -> None:
         _cleared.add((os.getpid(), name))
 
 
-def _is_abandoned(path: Path) -> bool:
+@contextmanager
+def _abandoned(path: Path) -> Iterator[bool]:
+    """Whether nobody is writing a temporary file or folder, which is locked during the block then."""
     try:
         modified = path.lstat().st_mtime
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     except OSError:  # gone meanwhile, a link, or not ours to read
-        return False
+        yield False
+        return
     try:
-        locked = try_lock(descriptor)
-        return time.time() - modified > _SECONDS_TO_WRITE if locked is None else locked
+        if (locked := try_lock(descriptor)) is not None:
+            yield locked
     finally:
         os.close(descriptor)
+    if locked is None:
+        yield time.time() - modified > _SECONDS_TO_WRITE
 
 
 def _remove(path: Path) -> None:

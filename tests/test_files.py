@@ -3,9 +3,11 @@
 import errno
 import json
 import os
+import secrets
 import signal
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -370,3 +372,38 @@ def test_other_hidden_files_are_nobodys_leftovers(tmp_path):
     remove_leftovers(tmp_path)
     assert len(names(tmp_path)) == 4
     remove_leftovers(tmp_path / "nowhere")
+
+
+@posix_only
+def test_many_processes_and_threads_write_to_one_folder(tmp_path):
+    """
+    A new temporary file that another process, or another thread, takes for a leftover before it is locked. (Names
+    made of process ids would meet, too: each container has a process 1.)
+    """
+
+    def write():
+        for number in range(25):
+            folder = tmp_path / str(number)
+            folder.mkdir(exist_ok=True)
+            write_file(folder / "same.json", "complete")
+            with new_folder(folder / "own" / secrets.token_hex(4)):
+                pass
+
+    def write_by_threads():
+        with ThreadPoolExecutor(3) as pool:
+            for done in [pool.submit(write) for _ in range(3)]:
+                done.result()
+
+    children = []
+    for _ in range(3):
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                write_by_threads()
+                status = 0
+            finally:
+                os._exit(status)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+    assert not list(tmp_path.rglob(".*"))
+    assert {path.read_text() for path in tmp_path.rglob("*.json")} == {"complete"}

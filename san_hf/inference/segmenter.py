@@ -25,6 +25,10 @@ class Segmenter:
     """
     A model with a vocabulary, ready for images. The class names go through the text tower once.
 
+    Threads may share one. Processes may not inherit one that has segmented: after a fork, OpenMP waits for threads that
+    were not forked. Make it in each process, or start processes by "spawn", or set OMP_NUM_THREADS=1. Results may be
+    saved into one folder by any number of threads, processes and containers.
+
     Args:
         model: in evaluation mode, on its device.
         processor: the model's.
