@@ -244,7 +244,7 @@ def test_ranks_end_with_their_launcher(root, tmp_path):
     """Catches processes that go on training, unseen, after torchrun or accelerate launch was killed."""
     arguments = [*basics(root, tmp_path / "run"), *SHORT, "training.steps=100000"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     launcher = subprocess.Popen(
         [*command, "-m", "san_hf", "train", *arguments], env=environment, stderr=subprocess.PIPE
     )
