@@ -90,7 +90,7 @@ def check_class_names(names: Iterable[str], what: str) -> list[str]:
         raise ValueError(f"Got {names!r:.80} as {what}, expected a list of class names.")
     names = list(names)
     if not names:
-        raise ValueError(f"Got an empty {what}, expected at least one class name.")
+        raise ValueError(f"Got an empty list for {what}, expected at least one class name.")
     first: dict[str, int] = {}
     for index, name in enumerate(names):
         if not isinstance(name, str):

@@ -25,7 +25,7 @@ from san_hf.cli.options import (
     TemplatesOption,
     value_of,
 )
-from san_hf.data.class_names import is_class_list, read_class_names
+from san_hf.data.class_names import is_class_list, read_class_names, refuse_separators
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.inference.writers import FORMATS, output_files
 from san_hf.messages import join_some, printable
@@ -98,7 +98,8 @@ def segment(
     Ends with status 0 if all images were segmented, 1 if some were not, 2 if none was.
     """
     class_names = class_names_of_options(classes, classes_file)
-    sources = find_images(images, output)
+    named = find_images(images, output)
+    sources = report_missing(named, classes)
     wanted = [choice.value for choice in formats]
     stems = name_outputs([name for _, name in sources], output)
     paths = [Path(source) for source, _ in sources]
@@ -109,15 +110,29 @@ def segment(
     if model == EMBEDDED_MODEL:
         show(Text(EMBEDDED_NOTE, style="yellow"))
 
-    failed = 0
+    failed = len(named) - len(paths)
     with progress_bar(hidden=len(paths) == 1) as bar:
         task = bar.add_task("Segmenting", total=len(paths), speed="")
         for path, stem in zip(paths, stems):
             failed += not segment_one(segmenter, path, stem, wanted, model, short=len(paths) > 1)
             bar.advance(task)
     if failed:
-        show(f"{failed} of {len(paths)} images could not be segmented.", error=True)
-        raise typer.Exit(2 if failed == len(paths) else 1)
+        show(f"{failed} of {len(named)} images could not be segmented.", error=True)
+        raise typer.Exit(2 if failed == len(named) else 1)
+
+
+def report_missing(sources: list[tuple[str, Path]], classes: list[str] | None) -> list[tuple[str, Path]]:
+    """The images that exist; the others are said at once, before a model is loaded."""
+    missing = [source for source, _ in sources if not os.path.lexists(source)]
+    for source in missing:
+        show(f"Error: {printable(source)}: there is no such file.", error=True)
+    words = [source for source in missing if not Path(source).suffix and os.sep not in source]
+    if words and classes:
+        names = ", ".join([*classes, *words])
+        show(f'Several class names are separated by commas, in quotes: --classes "{printable(names)}"', error=True)
+    if len(missing) == len(sources) or (words and classes):
+        raise typer.Exit(2)
+    return [source for source in sources if source[0] not in missing]
 
 
 def segment_one(segmenter: "Segmenter", path: Path, stem: Path, formats: list[str], model: str, short: bool) -> bool:
@@ -152,6 +167,9 @@ def class_names_of_options(classes: list[str] | None, file: Path | None) -> list
 
 def split_names(line: str) -> list[str]:
     """Names separated by commas, those with a comma in double quotes."""
+    if '"' not in line:
+        for name in filter(None, map(str.strip, line.split(","))):
+            refuse_separators(name, f"--classes {line!r:.200}", alone="," not in line)
     names = []
     # strict, so that a quote that isn't closed is an error; spaces after a closing quote are not.
     tidy = re.sub(r'"\s+(?=,|$)', '"', line)

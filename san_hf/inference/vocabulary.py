@@ -14,9 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from san_hf.data.class_names import read_class_names
 from san_hf.files import write_file
 from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+from san_hf.modeling.text_san import check_class_names, clean_text
 from san_hf.vocabularies import EXPANSIONS, load_vocabulary
 
 
@@ -64,7 +66,7 @@ class Vocabulary:
         cls,
         model: SANForSemanticSegmentation,
         processor: SANProcessor,
-        class_names: Sequence[str],
+        class_names: str | os.PathLike | Sequence[str] | Mapping,
         *,
         synonyms: bool | Mapping[str, Sequence[str]] = False,
         expand: str | Sequence[str] | None = None,
@@ -78,7 +80,8 @@ class Vocabulary:
         Args:
             model: on its device.
             processor: the model's.
-            class_names: in the order of the labels.
+            class_names: in the order of the labels; or a file or a benchmark's name, see
+                [`san_hf.data.class_names.read_class_names`].
             synonyms: further words for classes, `{"tv": ["television", "screen"]}`; or `True` if a name with commas
                 or semicolons is a list of synonyms, "television, tv". A class's logit for a mask is that of its best
                 word. By default a name is put into the prompts as it is, as in SAN's published results.
@@ -95,10 +98,15 @@ class Vocabulary:
         """
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"Got threshold={threshold}, expected a score between 0 and 1.")
-        if isinstance(class_names, str):
-            processor(text=class_names)  # refuses it, and says what a list of these names would be
-        words = _words_of_classes(class_names, synonyms)
-        unique = list(dict.fromkeys(word for group in words for word in group)) if synonyms else list(class_names)
+        has_other = expand is not None or threshold is not None
+        names = read_class_names(class_names)
+        if has_other and any(clean_text(name) == OTHER for name in names):
+            raise ValueError(
+                f"Got a class of the name {OTHER!r}, which is what the expansion or the threshold calls all that is "
+                "none of the classes: leave it out, or give it another name."
+            )
+        words = _words_of_classes(names, synonyms)
+        unique = list(dict.fromkeys(word for group in words for word in group)) if synonyms else names
         every_word = unique
         if expand is not None:
             if isinstance(expand, str) and expand not in EXPANSIONS:
@@ -117,10 +125,8 @@ class Vocabulary:
             groups += [[row] for row in range(len(unique), len(every_word))]
             class_of_row = tuple(index for index, group in enumerate(groups) for _ in group)
             class_embeds = class_embeds[[row for group in groups for row in group]]
-        has_other = expand is not None or threshold is not None
-        names = tuple(name.strip() for name in class_names)
         return cls(
-            class_names=(*names, OTHER) if has_other else names,
+            class_names=(*names, OTHER) if has_other else tuple(names),
             class_embeds=class_embeds,
             num_labels=len(names),
             class_of_row=class_of_row,
@@ -205,10 +211,12 @@ class Vocabulary:
                         f"{metadata.get('format')!r}, expected {FILE_FORMAT!r}. Vocabulary.save writes it."
                     )
                 facts = json.loads(metadata["vocabulary"])
-                facts["class_names"] = tuple(facts["class_names"])
+                facts["class_names"] = tuple(check_class_names(facts["class_names"], "class_names"))
                 facts["class_of_row"] = facts["class_of_row"] and tuple(facts["class_of_row"])
                 vocabulary = cls(class_embeds=file.get_tensor("class_embeds"), **facts)
-        except (SafetensorError, KeyError, TypeError, OSError) as error:
+        except VocabularyError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise VocabularyError(f"'{path}' can't be read as a vocabulary: {one_line(error)}.") from error
         if vocabulary.text_digest != (expected := text_tower_digest(model)):
             raise VocabularyError(
@@ -237,17 +245,22 @@ def text_tower_digest(model: SANForSemanticSegmentation) -> str:
     return digest.hexdigest()
 
 
-def _words_of_classes(class_names: Sequence[str], synonyms: bool | Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """The words of each class, in lower case, as the tokenizer does not see capitals; none without synonyms."""
+def _words_of_classes(class_names: list[str], synonyms: bool | Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """The words of each class, as the tokenizer sees them; none without synonyms."""
     if not synonyms:
         return []
     if isinstance(synonyms, Mapping):
-        if unknown := sorted(set(synonyms) - set(class_names)):
+        more = {
+            clean_text(name): check_class_names(words, f"synonyms of {name!r}") if words else []
+            for name, words in synonyms.items()
+        }
+        known = {clean_text(name) for name in class_names}
+        if unknown := sorted(name for name in synonyms if clean_text(name) not in known):
             raise ValueError(f"Got synonyms for {unknown[0]!r}, which is none of the class names.")
-        groups = [[name, *synonyms.get(name, ())] for name in class_names]
+        groups = [[name, *more.get(clean_text(name), ())] for name in class_names]
     else:
         groups = [split_synonyms(name) for name in class_names]
-    groups = [list(dict.fromkeys(word.strip().lower() for word in group if word.strip())) for group in groups]
+    groups = [list(dict.fromkeys(word for word in map(clean_text, group) if word)) for group in groups]
     if [] in groups:
         label = groups.index([])
         raise ValueError(

@@ -518,8 +518,34 @@ def test_threshold(run, photo):
 def test_debug_shows_what_is_wrong_with_an_image(model_folder, tmp_path, monkeypatch):
     """Catches an image's error that stays one line although its stack trace was asked for."""
     monkeypatch.chdir(tmp_path)
+    Path("nothing.png").write_bytes(b"")
     arguments = ["segment", "nothing.png", "--classes", "cat", "--model", str(model_folder)]
     plain, debug = (CliRunner().invoke(app, [*options, *arguments]) for options in ([], ["--debug"]))
     assert plain.exit_code == debug.exit_code == 2
-    assert "Error: nothing.png: there is no such file" in plain.output and "Traceback" not in plain.output
-    assert "Traceback" in debug.output and "ImageError: there is no such file" in debug.output
+    assert "Error: nothing.png: " in plain.output and "Traceback" not in plain.output
+    assert "Traceback" in debug.output and "ImageError: " in debug.output
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("cat; grass", "has the name 'cat; grass', with ';' in it. Expected 2 names"),
+        ("cat|grass, sky", "with '|' in it"),
+        ("missing.txt", "The class list 'missing.txt' can't be read"),
+        ("ADE20K_150", "did you mean the benchmark ade20k-150?"),
+        ("coco", "did you mean the benchmark coco-stuff?"),
+    ],
+)
+def test_class_names_that_are_not_meant(run, photo, classes, message):
+    """Catches one class of several names, which would get every pixel."""
+    photo.save("photo.png")
+    assert message in run("photo.png", classes=classes, status=2).output
+
+
+def test_class_names_without_commas(run, photo, monkeypatch):
+    """Catches a second class taken for an image, and a model that is loaded before that is said."""
+    photo.save("photo.png")
+    monkeypatch.setattr("san_hf.cli.segment.load_segmenter", None)
+    result = run("photo.png", "grass", classes="cat", status=2)
+    assert "Error: grass: there is no such file" in result.output and '--classes "cat, grass"' in result.output
+    run("missing.png", classes="cat", status=2)

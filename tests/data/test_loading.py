@@ -299,9 +299,9 @@ def test_class_lists(tmp_path):
     assert read_class_names(write("id2label.json", json.dumps(reordered))) == [f"class {i}" for i in range(11)]
     assert read_class_names("voc")[0] == "aeroplane" and len(read_class_names("pascal-context-459")) == 459
     for text, message in (
-        ("sky\n\nroad\n", "has no name for label 1"),
-        ("sky\nroad\nsky\n", "has 'sky' for the labels 0 and 2"),
-        ("\n", "is no list of names"),
+        ("sky\n\nroad\n", "a blank class name at position 1"),
+        ("sky\nroad\nsky\n", "the class name 'sky' at the positions 0 and 2"),
+        ("\n", "Got an empty list for the class list"),
     ):
         with pytest.raises(DataError, match=message):
             read_class_names(write("list.txt", text))
@@ -311,6 +311,46 @@ def test_class_lists(tmp_path):
         read_class_names(write("list.json", "{"))
     with pytest.raises(DataError, match="'animals' can't be read: .* one of .*coco-stuff, "):
         read_class_names("animals")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("list.json", '"sky"', "holds 'sky', expected a list"),
+        ("list.json", "7", "holds 7, expected a list"),
+        ("list.json", "[true, 1e3]", "Got True at position 0 of .*go in quotes"),
+        ("list.json", '{"sky": 0, "road": 1}', "gives labels by name, expected names by label"),
+        ("list.json", '{"0": "sky", "0": "road"}', "has a label twice"),
+        ("list.json", "[" * 100_000, "is no JSON"),
+        ("list.json", '["caf\u00e9", "cafe\u0301"]', "which are one to the tokenizer"),
+        ("list.txt", '[\n"sky",\n"road"\n]', r"has '\[' in line 1, expected nothing but a name"),
+        ("list.txt", "sky, road\n", "with ',' in it. Expected 2 names"),
+        ("list.txt", "sky|road\n", r"with '\|' in it. Expected 2 names"),
+        ("list.txt", "sky\t0\nroad\t1\n", "in line 1, expected nothing but a name"),
+        ("list.txt", "0: sky\n1: road\n", "'0: sky' in line 1, expected nothing but a name"),
+        ("list.txt", "# classes\nsky\n", "'# classes' in line 1, expected nothing but a name"),
+        ("list.txt", "VOC", "did you mean the benchmark voc"),
+        ("list.yaml", "[sky, road]", "is YAML. Expected a text file"),
+    ],
+)
+def test_class_lists_that_are_not_meant(tmp_path, name, text, message):
+    """Catches a file of another form whose brackets, numbers or separators become names of classes."""
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_class_names(tmp_path / name)
+
+
+def test_class_lists_of_other_encodings_and_kinds(tmp_path):
+    """Catches decoding errors without the file's name, and a name that is composed in one list and not in another."""
+    (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(DataError, match="latin.txt' is no text in UTF-8"):
+        read_class_names(tmp_path / "latin.txt")
+    with pytest.raises(DataError, match="is no regular file"):
+        read_class_names(tmp_path)
+    assert read_class_names(["cafe\u0301 "]) == ["caf\u00e9"] == read_class_names({0: "cafe\u0301"})
+    assert read_class_names(("a, b", "10: c")) == ["a, b", "10: c"]
+    with pytest.raises(DataError, match="Got a set as class_names"):
+        read_class_names({"sky", "road"})
 
 
 def test_no_class_list(pairs, repository):

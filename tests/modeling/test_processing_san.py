@@ -144,7 +144,7 @@ def test_names_that_just_fit(processor, warnings_of_transformers):
     "text, message",
     [
         ("cat, grass", r"Got text='cat, grass', expected a list of class names: \['cat', 'grass'\]"),
-        ([], "Got an empty text"),
+        ([], "Got an empty list for text"),
         (["cat", " \n"], "Got a blank class name at position 1"),
         (["cat", ""], "Got a blank class name at position 1"),
         (["cat", "dog", "cat"], "Got the class name 'cat' at the positions 0 and 2"),
