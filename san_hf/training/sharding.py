@@ -38,6 +38,12 @@ def check_engine(accelerator: Accelerator) -> None:
                 "over several GPUs only. Leave it out (accelerate config, or the options of accelerate launch): "
                 "without it, each process holds the whole model."
             )
+    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
+        # Seen with torch 2.13 and Accelerate 1.15, with full and with sharded states: a resumed run learns otherwise.
+        raise ConfigError(
+            "FSDP1 was asked for, whose optimiser doesn't come back as it was when a run is resumed: choose FSDP2 "
+            "(fsdp_version: 2 in Accelerate's configuration, --fsdp_version 2, or FSDP_VERSION=2)."
+        )
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ConfigError("Megatron-LM was asked for, which has no SAN: choose DDP, FSDP or DeepSpeed instead.")
 
@@ -83,8 +89,6 @@ def prepare_for_engine(
                 "FSDP was told to wrap modules by their size (SIZE_BASED_WRAP), which takes apart what belongs "
                 "together: choose TRANSFORMER_BASED_WRAP, and no classes for it, which takes SAN's own."
             )
-        if plugin.fsdp_version == 1:
-            plugin.use_orig_params = True  # frozen and trainable parameters are side by side
     else:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         # DeepSpeed clips by itself, before Accelerate is asked to; 0 is no clipping.

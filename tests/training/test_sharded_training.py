@@ -1,6 +1,5 @@
 """Models spread over processes: FSDP and DeepSpeed's ZeRO, on CPUs, equal DDP and resume exactly."""
 
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -25,7 +24,6 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BAS
 ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 # What `accelerate launch` sets; the tests with DeepSpeed need it installed.
 ENGINES = {
-    "fsdp1": {**FSDP, "FSDP_VERSION": "1", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
     "fsdp2": {**FSDP, "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
     # As accelerate launch has it by default.
     "fsdp2-ram-efficient": {
@@ -45,29 +43,11 @@ PARAMETERS = [
 
 
 def pretend_accelerators() -> None:
-    """Accelerate shards only where it has found accelerators, and FSDP1 runs only there. All else is their own code."""
-    import torch.distributed.fsdp.fully_sharded_data_parallel as fsdp1
-    from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
-    from torch.distributed.fsdp._flat_param import FlatParamHandle
-
+    """Accelerate shards only where it has found accelerators: it is told so. All else is its own code."""
     warnings.simplefilter("ignore")  # the engines' own deprecations are Accelerate's to mend
     os.environ.pop("ACCELERATE_USE_CPU")
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-
-    start = fsdp1.FullyShardedDataParallel.__init__
-
-    def start_without_device(self, *args, device_id=None, **kwargs):
-        start(self, *args, **kwargs)
-
-    def use_cpu(state, *_):
-        state._device_handle = _FSDPDeviceHandle(torch.device("cpu"))
-        return state
-
-    fsdp1.FullyShardedDataParallel.__init__ = start_without_device
-    fsdp1._init_device_handle = use_cpu
-    # Moving to the CPU what is there already would free it.
-    FlatParamHandle.to_cpu = lambda self: contextlib.nullcontext()
 
 
 def train_with(engine: str | None, config: TrainingConfig, resume: bool = False) -> Path | None:
@@ -145,13 +125,16 @@ def test_deepspeed_configuration_of_its_own(root):
 
 
 @pytest.mark.slow
-def test_wrapping_by_size_is_refused(root):
-    """FSDP units that cut modules whose weights are read from outside."""
-    ENGINES["size"] = ENGINES["fsdp2"] | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}
-    for error, message in Run(
-        train_with, "size", configure(root, root / "size", "training.steps=1"), processes=2
-    ).outcomes():
-        assert error == "ConfigError" and "TRANSFORMER_BASED_WRAP" in message
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"), ({"FSDP_VERSION": "1"}, "choose FSDP2")],
+)
+def test_fsdp_that_is_refused(root, setting, message):
+    """FSDP units that cut modules whose weights are read from outside; FSDP1, which forgets the optimiser's state."""
+    ENGINES["refused"] = ENGINES["fsdp2"] | setting
+    config = configure(root, root / "refused", "training.steps=1")
+    for error, said in Run(train_with, "refused", config, processes=2).outcomes():
+        assert error == "ConfigError" and message in said
 
 
 def test_spread_temperature_is_saved_without_dimension(tmp_path):
