@@ -1,76 +1,30 @@
-"""Visualisations of label maps: colours, class maps, overlays with names and a legend, and comparisons."""
+"""Visualisations of label maps: class maps, overlays with names and a legend, and comparisons."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
 from scipy import ndimage
 
+from san_hf.colors import OTHER_COLOR, class_colors, name_colors
+from san_hf.images import to_rgb
+from san_hf.legend import LegendEntry, drawn_name, fitted, text_font, with_legend
 
-OTHER_COLOR = (128, 128, 128)
-# Drawn names are cut to this many characters.
-MAX_NAME_LENGTH = 40
+
+__all__ = ["OTHER_COLOR", "Comparison", "class_colors", "colorize", "draw_comparisons", "draw_overlay", "name_colors"]
+
 # An overlay is enlarged by a whole factor until its longer side is about this many pixels, so that names can be read.
 READABLE_SIZE = 640
 # Regions are analysed at this size at most: where a name goes needs no more.
 PLACEMENT_SIZE = 512
+# An outline runs inside of parts of regions that are at least this many times as wide, and not beside parts of less
+# than a quarter of that: finer masks would be hidden.
+OUTLINED_WIDTH = 16
 # In comparisons: what has no label, what is wrong, and the longer side of each image.
 UNLABELLED_COLOR = (24, 24, 24)
 ERROR_COLOR = (230, 30, 30)
 COMPARISON_SIZE = 320
-
-
-def class_colors(num_classes: int) -> np.ndarray:
-    """
-    Colours for class indices 0..num_classes - 1: each as far as can be from all before it, to the eye.
-
-    A class's colour depends on its index alone, not on how many classes there are. None is near `OTHER_COLOR`, black
-    or white. From index 1,000 on they repeat.
-
-    Returns:
-        `np.ndarray` of shape (num_classes, 3), uint8 RGB.
-    """
-    palette = _palette()
-    return palette[np.arange(num_classes) % len(palette)]
-
-
-@cache
-def _palette(size: int = 1000) -> np.ndarray:
-    levels = np.arange(0, 256, 15)
-    candidates = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
-    lab = _oklab(candidates)
-    # Neither near black or white nor near grey, and not so glaring that an image can't be seen through them.
-    lightness, chroma = lab[:, 0], np.hypot(lab[:, 1], lab[:, 2])
-    usable = (lightness > 0.45) & (lightness < 0.9) & (chroma > 0.06) & (chroma < 0.2)
-    candidates, lab = candidates[usable], lab[usable]
-    distance = np.linalg.norm(lab - _oklab(np.array([OTHER_COLOR])), axis=1)
-    chosen = []
-    for _ in range(size):
-        chosen.append(int(distance.argmax()))
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-    return candidates[chosen].astype(np.uint8)
-
-
-def _oklab(rgb: np.ndarray) -> np.ndarray:
-    """sRGB (N, 3) in 0..255 as Oklab, where distance is about difference to the eye (Ottosson 2020)."""
-    srgb = rgb / 255
-    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    cones = linear @ np.array(
-        [
-            [0.4122214708, 0.2119034982, 0.0883024619],
-            [0.5363325363, 0.6806995451, 0.2817188376],
-            [0.0514459929, 0.1073969566, 0.6299787005],
-        ]
-    )
-    return np.cbrt(cones) @ np.array(
-        [
-            [0.2104542553, 1.9779984951, 0.0259040371],
-            [0.7936177850, -2.4285922050, 0.7827717662],
-            [-0.0040720468, 0.4505937099, -0.8086757660],
-        ]
-    )
 
 
 def colorize(label_map: np.ndarray, colors: np.ndarray) -> Image.Image:
@@ -102,20 +56,22 @@ def draw_overlay(
 ) -> Image.Image:
     """
     The image under its label map: regions tinted and outlined, each class named once inside its largest region, and
-    a legend with the share of pixels below. Small images are enlarged by a whole factor.
+    a legend with the share of pixels below, or beside tall, narrow images. Small images are enlarged by a whole factor.
+
+    A name that no font can write is replaced by its label's number, "#3": [`san_hf.legend.numbered_names`] lists them.
 
     Args:
-        image: of the label map's size.
+        image: of the label map's size, in any mode: see [`san_hf.images.to_rgb`].
         label_map: (H, W) integers in 0..len(class_names) - 1.
         class_names: one for each label.
-        colors: (len(class_names), 3) uint8 RGB; `class_colors` by default.
+        colors: (len(class_names), 3) uint8 RGB; [`san_hf.colors.name_colors`] by default.
         opacity: of the tint, 0..1.
 
     Raises:
         ValueError: sizes that don't fit, or a label without a name.
     """
     label_map = np.asarray(label_map)
-    colors = class_colors(len(class_names)) if colors is None else colors
+    colors = name_colors(class_names) if colors is None else colors
     if label_map.shape != (image.height, image.width):
         raise ValueError(
             f"The label map is {label_map.shape}, the image {(image.height, image.width)} (height, width): they must "
@@ -127,47 +83,69 @@ def draw_overlay(
     factor = max(1, round(READABLE_SIZE / max(image.size)))
     label_map = label_map.repeat(factor, axis=0).repeat(factor, axis=1)
     size = (image.width * factor, image.height * factor)
-    drawing = Image.blend(
-        image.convert("RGB").resize(size, Image.Resampling.BICUBIC), colorize(label_map, colors), opacity
-    )
+    drawing = Image.blend(to_rgb(image).resize(size, Image.Resampling.BICUBIC), colorize(label_map, colors), opacity)
     drawing.paste((255, 255, 255), mask=_outlines(label_map))
-    font_size = max(14, max(size) // 40)
+    # About as many letters across whatever the size, and never out of proportion to a thin image.
+    font_size = max(14, min(round((size[0] * size[1]) ** 0.5 / 35), min(size) // 8))
+    stroke = max(2, font_size // 8)
     draw = ImageDraw.Draw(drawing)
-    for label, position in _placements(label_map, class_names, font_size).items():
-        name = _short(class_names[label])
+    counts = np.bincount(label_map.ravel(), minlength=len(class_names))
+    names = {int(label): drawn_name(int(label), class_names[label]) for label in np.flatnonzero(counts)}
+    for label, position in _placements(label_map, names, font_size, stroke).items():
         draw.text(
             position,
-            name,
+            names[label],
             fill=(255, 255, 255),
-            font=_font(name, font_size),
+            font=text_font(names[label], font_size),
             anchor="mm",
-            stroke_width=max(2, font_size // 8),
+            stroke_width=stroke,
             stroke_fill=(0, 0, 0),
         )
-    return _with_legend(drawing, _shares(label_map, class_names, colors), font_size)
+    largest_first = sorted(names, key=lambda label: -counts[label])
+    entries = [
+        LegendEntry(colors[label], names[label], f"{counts[label] / label_map.size:.1%}") for label in largest_first
+    ]
+    return with_legend(drawing, entries, font_size)
 
 
 def _outlines(label_map: np.ndarray) -> Image.Image:
-    """A mask of where one region ends and another begins, as wide as the image's size asks for."""
-    edges = np.zeros(label_map.shape, dtype=np.uint8)
-    edges[:, 1:] |= label_map[:, 1:] != label_map[:, :-1]
-    edges[1:] |= label_map[1:] != label_map[:-1]
+    """
+    A mask of where one region ends and another begins, as wide as the image's size asks for: on the right or lower
+    side of each border, or on the other side if the region there is too fine; none beside what it would drown.
+    """
     width = 2 * (max(label_map.shape) // 1500) + 1
-    return Image.fromarray(255 * edges).filter(ImageFilter.MaxFilter(width))
+    wide = _as_wide_as(OUTLINED_WIDTH * width + 1, label_map)
+    seen = _as_wide_as(OUTLINED_WIDTH // 4 * width + 1, label_map)
+    edges = np.zeros(label_map.shape, dtype=bool)
+    for axis in (0, 1):
+        labels, inside, visible, marked = (np.moveaxis(array, axis, 0) for array in (label_map, wide, seen, edges))
+        border = labels[1:] != labels[:-1]
+        marked[1:] |= border & inside[1:] & visible[:-1]
+        marked[:-1] |= border & inside[:-1] & visible[1:] & ~inside[1:]
+    thick = Image.fromarray(255 * edges.astype(np.uint8)).filter(ImageFilter.MaxFilter(width))
+    return Image.fromarray(np.asarray(thick) * wide)
 
 
-def _placements(label_map: np.ndarray, class_names: Sequence[str], font_size: int) -> dict[int, tuple[float, float]]:
+def _as_wide_as(side: int, label_map: np.ndarray) -> np.ndarray:
+    """Which pixels lie in a square of one label of so many pixels, an odd number: (H, W) bool."""
+    highest = ndimage.maximum_filter(label_map, side, mode="nearest")
+    return ndimage.maximum_filter(ndimage.minimum_filter(label_map, side, mode="nearest") == highest, side)
+
+
+def _placements(
+    label_map: np.ndarray, names: dict[int, str], font_size: int, stroke: int
+) -> dict[int, tuple[float, float]]:
     """For each label whose name fits into its largest region: the (x, y) where most room is left around the name."""
     step = -(-max(label_map.shape) // PLACEMENT_SIZE)
     small = label_map[step // 2 :: step, step // 2 :: step] if min(label_map.shape) > step // 2 else label_map[:0]
     placements = {}
     for label in np.unique(small):
-        name = _short(class_names[label])
+        name = names[int(label)]
         regions, _ = ndimage.label(small == label)
         largest = regions == 1 + np.bincount(regions.ravel())[1:].argmax()
         # Distance to the region's (or image's) edge, in units of the name's half width and half height: from 1 on a
         # name in the middle touches no edge straight beside, above or below it.
-        left, top, right, bottom = _font(name, font_size).getbbox(name)
+        left, top, right, bottom = text_font(name, font_size).getbbox(name, stroke_width=stroke)
         half = max(bottom - top, 1) / (2 * step), max(right - left, 1) / (2 * step)
         room = ndimage.distance_transform_edt(np.pad(largest, 1), sampling=(1 / half[0], 1 / half[1]))[1:-1, 1:-1]
         if room.max() >= 1:
@@ -218,7 +196,7 @@ def draw_comparisons(
         raise ValueError("Got no comparisons to draw, expected at least one.")
     num_labels = len(class_names)
     # Beyond the classes: "other", "no label".
-    colors = np.concatenate([class_colors(num_labels), [OTHER_COLOR], [UNLABELLED_COLOR]])
+    colors = np.concatenate([name_colors(class_names), [OTHER_COLOR], [UNLABELLED_COLOR]])
     models = list(comparisons[0].predictions)
     rows, seen = [], np.zeros(len(colors), dtype=bool)
     for comparison in comparisons:
@@ -232,7 +210,7 @@ def draw_comparisons(
                     "size."
                 )
             seen[np.unique(label_map)] = True
-        cells = [_fit(comparison.image.convert("RGB"), Image.Resampling.BICUBIC)]
+        cells = [_fit(to_rgb(comparison.image), Image.Resampling.BICUBIC)]
         cells.append(_fit(colorize(truth, colors), Image.Resampling.NEAREST))
         for prediction in predictions:
             cells.append(_fit(colorize(prediction, colors), Image.Resampling.NEAREST))
@@ -254,7 +232,8 @@ def draw_comparisons(
     def write(text: str, column: int, y: int, columns: int = 1) -> None:
         room = columns * (width + gap) - gap
         x = gap + column * (width + gap)
-        draw.text((x, y + line / 2), _cut(text, font_size, room), (0, 0, 0), _font(text, font_size), anchor="lm")
+        text = fitted(text, font_size, room)
+        draw.text((x, y + line / 2), text, (0, 0, 0), text_font(text, font_size), anchor="lm")
 
     headers = ["image", "ground truth", *(text for model in models for text in (model, "its errors"))]
     for column, header in enumerate(headers):
@@ -268,9 +247,9 @@ def draw_comparisons(
         for column, drawing in enumerate(cells):
             canvas.paste(drawing, (gap + column * (width + gap), y + line))
         y += line + cells[0].height + gap
-    names = [*class_names, "other", "no label"]
-    entries = [(colors[label], _short(names[label])) for label in np.flatnonzero(seen)]
-    return _with_legend(canvas, [*entries, (ERROR_COLOR, "wrong")], font_size)
+    names = [*(drawn_name(label, name) for label, name in enumerate(class_names)), "other", "no label"]
+    entries = [LegendEntry(colors[label], names[label]) for label in np.flatnonzero(seen)]
+    return with_legend(canvas, [*entries, LegendEntry(ERROR_COLOR, "wrong")], font_size)
 
 
 def _fit(drawing: Image.Image, resample: Image.Resampling) -> Image.Image:
@@ -287,65 +266,3 @@ def _errors(drawing: Image.Image, truth: np.ndarray, prediction: np.ndarray, unl
     pale.paste(red, mask=wrong)
     pale.paste(UNLABELLED_COLOR, mask=missing)
     return pale
-
-
-def _shares(label_map: np.ndarray, class_names: Sequence[str], colors: np.ndarray) -> list[tuple[np.ndarray, str]]:
-    """Colour, and name with its share, of each class in the map, largest first."""
-    counts = np.bincount(label_map.ravel(), minlength=len(class_names))
-    present = [label for label in np.argsort(-counts, kind="stable") if counts[label]]
-    return [(colors[label], f"{_short(class_names[label])} {counts[label] / label_map.size:.1%}") for label in present]
-
-
-def _with_legend(drawing: Image.Image, entries: Sequence[tuple[Iterable[int], str]], font_size: int) -> Image.Image:
-    """The image with a strip below: the (colour, text) of each entry."""
-    line, gap = font_size * 3 // 2, font_size * 2 // 3
-    widths = [line + _font(text, font_size).getlength(text) + gap for _, text in entries]
-    drawingwidth = max(drawing.width, 320, round(max(widths)) + gap)
-    positions: list[tuple[float, int]] = []
-    x, y = float(gap), gap
-    for width in widths:
-        if x > gap and x + width > drawingwidth:
-            x, y = float(gap), y + line
-        positions.append((x, y))
-        x += width
-    canvas = Image.new("RGB", (drawingwidth, drawing.height + y + line + gap), (255, 255, 255))
-    canvas.paste(drawing)
-    draw = ImageDraw.Draw(canvas)
-    for (color, text), (x, y) in zip(entries, positions):
-        top = drawing.height + y
-        fill = tuple(int(value) for value in color)
-        draw.rectangle((x, top + 1, x + font_size, top + 1 + font_size), fill=fill, outline=(0, 0, 0))
-        draw.text((x + line - 2, top + 1 + font_size / 2), text, (0, 0, 0), _font(text, font_size), anchor="lm")
-    return canvas
-
-
-def _cut(text: str, font_size: int, room: float) -> str:
-    """The text, cut to the room there is, in pixels."""
-    text, font = " ".join(text.split()), _font(text, font_size)
-    if font.getlength(text) <= room:
-        return text
-    while text and font.getlength(text + "…") > room:
-        text = text[:-1]
-    return text.rstrip() + "…"
-
-
-def _short(name: str) -> str:
-    """One line of at most MAX_NAME_LENGTH characters."""
-    name = " ".join(name.split())
-    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1].rstrip() + "…"
-
-
-@cache
-def _load_font(size: int, ascii_only: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    if not ascii_only:
-        # Pillow's own font has no others.
-        for file in ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSans.ttf", "arial.ttf"):
-            try:
-                return ImageFont.truetype(file, size)
-            except OSError:
-                pass
-    return ImageFont.load_default(size)
-
-
-def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return _load_font(size, ascii_only=text.replace("…", "").isascii())

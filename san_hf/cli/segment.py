@@ -4,6 +4,7 @@ import csv
 import glob
 import os
 import re
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -25,6 +26,7 @@ from san_hf.cli.options import (
     TemplatesOption,
     value_of,
 )
+from san_hf.cli.segment_journal import Journal, model_facts, parse_shard
 from san_hf.data.class_names import is_class_list, read_class_names, refuse_separators
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.inference.writers import FORMATS, output_files
@@ -74,6 +76,14 @@ def segment(
             min=0, max=1, show_default=False, help='Pixels whose best score is lower (0 to 1) become "other".'
         ),
     ] = None,
+    colors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COLOUR|FILE",
+            show_default=False,
+            help="The colour of a class, such as sky=#87ceeb or road=grey; or a file with such lines. May be repeated.",
+        ),
+    ] = None,
     output: OutputFolderOption = Path("outputs"),
     formats: Annotated[
         list[Format],
@@ -86,6 +96,22 @@ def segment(
         ),
     ] = [Format.overlay],  # type: ignore[attr-defined]  # noqa: B006  # dynamic
     overwrite: OverwriteOption = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where the same command was stopped: images whose files are complete are skipped, unless they "
+            "have changed since.",
+        ),
+    ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            show_default=False,
+            help="Only the I-th of N parts of the images, for several machines with the same arguments: 1/4 to 4/4.",
+        ),
+    ] = None,
     templates: TemplatesOption = None,
     device: DeviceOption = "auto",
     dtype: PrecisionOption = Precision.float32,
@@ -98,27 +124,74 @@ def segment(
     Ends with status 0 if all images were segmented, 1 if some were not, 2 if none was.
     """
     class_names = class_names_of_options(classes, classes_file)
+    given_colors = colors_of_options(colors)
+    part = parse_shard(shard)
     named = find_images(images, output)
     sources = report_missing(named, classes)
+    missing = len(named) - len(sources)
     wanted = [choice.value for choice in formats]
     stems = name_outputs([name for _, name in sources], output)
-    paths = [Path(source) for source, _ in sources]
-    check_outputs(paths, stems, wanted, overwrite)
-    make_folder(output)
+    # The names are those of all images, whatever the part.
+    jobs = [(Path(source), stem) for (source, _), stem in zip(sources, stems)][part[0] - 1 :: part[1]]
+    if not jobs:
+        fail(f"There are no images for --shard {shard}: there are {len(sources)} in all.")
     options = {"expand": value_of(expand), "templates": value_of(templates), "threshold": threshold}
-    segmenter = load_segmenter(model, class_names, device, dtype.value, options)
+    settings = {"the model": model_facts(expand_path(model)), "the class names": class_names, **options}
+    settings |= {"the formats": sorted(wanted), "the dtype": dtype.value, "the colours": given_colors}
+    journal = Journal(output, part, settings)
+    done = journal.resume() if resume else {}
+    remaining = [job for job in jobs if not journal.is_done(done, *job, output_files(job[1], wanted))]
+    check_outputs(
+        [path for path, _ in jobs],
+        [stem for _, stem in remaining],
+        wanted,
+        overwrite or (resume and journal.path.exists()),
+    )
+    make_folder(output)
+    if len(remaining) < len(jobs):
+        show(f"{len(jobs) - len(remaining)} of {len(jobs)} images are done already.")
+    if not remaining:
+        raise typer.Exit(1 if missing else 0)
+    segmenter = load_segmenter(model, class_names, device, dtype.value, {**options, "colors": given_colors})
     if model == EMBEDDED_MODEL:
         show(Text(EMBEDDED_NOTE, style="yellow"))
+    if "overlay" in wanted:
+        show_numbered(segmenter.class_names)
 
-    failed = len(named) - len(paths)
-    with progress_bar(hidden=len(paths) == 1) as bar:
-        task = bar.add_task("Segmenting", total=len(paths), speed="")
-        for path, stem in zip(paths, stems):
-            failed += not segment_one(segmenter, path, stem, wanted, model, short=len(paths) > 1)
-            bar.advance(task)
+    with journal.open(keep=resume) if len(jobs) > 1 else nullcontext() as opened:
+        failed = missing + segment_all(segmenter, remaining, wanted, model, opened, total=len(jobs))
     if failed:
-        show(f"{failed} of {len(named)} images could not be segmented.", error=True)
-        raise typer.Exit(2 if failed == len(named) else 1)
+        show(f"{failed} of {len(jobs) + missing} images could not be segmented.", error=True)
+        raise typer.Exit(2 if failed == len(jobs) + missing else 1)
+
+
+def segment_all(
+    segmenter: "Segmenter",
+    jobs: list[tuple[Path, Path]],
+    formats: list[str],
+    model: str,
+    journal: Journal | None,
+    total: int,
+) -> int:
+    """Segments images, of which others may be done already; how many could not be."""
+    failed, done = 0, total - len(jobs)
+    with progress_bar(hidden=total == 1) as bar:
+        task = bar.add_task("Segmenting", total=total, completed=done, speed="")
+        try:
+            for path, stem in jobs:
+                if not segment_one(segmenter, path, stem, formats, model, short=total > 1):
+                    failed += 1
+                else:
+                    done += 1
+                    if journal is not None:
+                        journal.add(path, stem)
+                bar.advance(task)
+        except KeyboardInterrupt:
+            bar.stop()
+            advice = "" if journal is None else " The same command with --resume goes on."
+            show(f"Interrupted: {done} of {total} images are done.{advice}", error=True)
+            raise typer.Exit(130) from None
+    return failed
 
 
 def report_missing(sources: list[tuple[str, Path]], classes: list[str] | None) -> list[tuple[str, Path]]:
@@ -148,6 +221,14 @@ def segment_one(segmenter: "Segmenter", path: Path, stem: Path, formats: list[st
     return True
 
 
+def show_numbered(class_names: list[str]) -> None:
+    """Lists the names that overlays replace by numbers."""
+    from san_hf.legend import numbered_names, numbers_note
+
+    if numbered := numbered_names(class_names):
+        show(Text(printable(numbers_note(numbered)), style="yellow"))
+
+
 def class_names_of_options(classes: list[str] | None, file: Path | None) -> list[str] | None:
     """The names of both options in their order; `None` if neither is given."""
     if not classes and file is None:
@@ -163,6 +244,20 @@ def class_names_of_options(classes: list[str] | None, file: Path | None) -> list
     if not names:
         fail('Got no class name, expected at least one, for example --classes "cat, grass, sky".')
     return names
+
+
+def colors_of_options(values: list[str] | None) -> "dict[str, tuple[int, int, int]]":
+    """Colours by class name, of files and of "name=colour"; later ones win."""
+    from san_hf.colors import parse_color, read_colors, split_color
+
+    colors = {}
+    for value in values or []:
+        if os.path.isfile(expand_path(value)):
+            colors |= read_colors(expand_path(value))
+        else:
+            name, color = split_color(value, "--colors")
+            colors[name] = parse_color(color, name)
+    return colors
 
 
 def split_names(line: str) -> list[str]:

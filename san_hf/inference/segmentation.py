@@ -1,8 +1,8 @@
 """A segmented image."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from san_hf.colors import OTHER_COLOR, Color, name_colors
 from san_hf.inference.writers import FORMATS, write_formats
-from san_hf.visualization import OTHER_COLOR, class_colors, colorize, draw_overlay
+from san_hf.visualization import colorize, draw_overlay
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segmentation:
     """
-    A segmented image.
+    A segmented image. Two are equal if their images, label maps, class names and colours are.
 
     Attributes:
         image: the image, upright, 8-bit RGB.
@@ -25,20 +26,36 @@ class Segmentation:
         class_names: the caller's, in the caller's order; "other" is the last if there is one.
         expanded: whether the last label is "other": all classes that the vocabulary was expanded by, and pixels below
             its threshold.
+        given_colors: colours by name, for classes that are to have their own: see [`san_hf.colors.name_colors`].
     """
 
     image: Image.Image
     label_map: np.ndarray
     class_names: Sequence[str]
     expanded: bool = False
+    given_colors: Mapping[str, Color] = field(default_factory=dict)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Segmentation):
+            return NotImplemented
+        return (
+            list(self.class_names) == list(other.class_names)
+            and self.expanded == other.expanded
+            and np.array_equal(self.label_map, other.label_map)
+            and np.array_equal(self.colors, other.colors)
+            and self.image.mode == other.image.mode
+            and np.array_equal(np.asarray(self.image), np.asarray(other.image))
+        )
+
+    def __hash__(self) -> int:
+        # What equal ones have in common: a label map may be of another integer type.
+        return hash((tuple(self.class_names), self.expanded, self.label_map.shape, self.pixels.tobytes()))
 
     @cached_property
     def colors(self) -> np.ndarray:
-        """Colour of each label, (C, 3) uint8 RGB; grey for "other"."""
-        colors = class_colors(len(self.class_names))
-        if self.expanded:
-            colors[-1] = OTHER_COLOR
-        return colors
+        """Colour of each label, (C, 3) uint8 RGB: by its name, see [`san_hf.colors.name_colors`]; grey for "other"."""
+        other = {self.class_names[-1]: OTHER_COLOR} if self.expanded else {}
+        return name_colors(self.class_names, {**other, **self.given_colors})
 
     @cached_property
     def pixels(self) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Image files and class names in, segmentations out: what `san-hf segment` does, for use in Python."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, overload
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from san_hf.colors import Color, parse_color
 from san_hf.hub.load import load_model
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.images import load_image
@@ -35,14 +36,18 @@ class Segmenter:
         class_names: words for what to look for, or a [`Vocabulary`] of this model. `None` for the vocabulary that the
             model carries.
         augment: test-time augmentation, see [`Predictor`].
+        colors: colours by class name, such as {"sky": "#87ceeb"}, for classes that are to have their own; other names
+            in it are ignored, so that one mapping serves many vocabularies. See [`san_hf.colors.name_colors`].
         **options: `synonyms`, `expand`, `templates`, `threshold`: see [`Vocabulary.encode`].
 
     Attributes:
         predictor: the [`Predictor`].
         vocabulary: the [`Vocabulary`]; another one may be set at any time.
+        colors: the given colours, by name.
 
     Raises:
-        ValueError: names that are no vocabulary (none, blank, repeated), no names and a model without a vocabulary.
+        ValueError: names that are no vocabulary (none, blank, repeated), no names and a model without a vocabulary, or
+            a colour that is none.
     """
 
     def __init__(
@@ -52,8 +57,10 @@ class Segmenter:
         class_names: Sequence[str] | Vocabulary | None = None,
         *,
         augment: bool = False,
+        colors: Mapping[str, Color] | None = None,
         **options: Any,
     ):
+        self.colors = {name: parse_color(color, name) for name, color in (colors or {}).items()}
         self.predictor = Predictor(model, processor, augment=augment)
         if isinstance(class_names, Vocabulary) or class_names is None:
             if any(value for value in options.values()):
@@ -139,6 +146,8 @@ class Segmenter:
         label_maps = self.predictor(images, self.vocabulary)
         dtype = np.uint8 if len(self.vocabulary.class_names) <= 256 else np.uint16
         return [
-            Segmentation(image, label_map.cpu().numpy().astype(dtype), self.class_names, self.vocabulary.has_other)
+            Segmentation(
+                image, label_map.cpu().numpy().astype(dtype), self.class_names, self.vocabulary.has_other, self.colors
+            )
             for image, label_map in zip(images, label_maps)
         ]

@@ -16,9 +16,9 @@ from transformers import CLIPModel
 from typer.testing import CliRunner
 
 from san_hf.cli import app
+from san_hf.colors import OTHER_COLOR, name_colors
 from san_hf.inference.segmenter import Segmenter
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
-from san_hf.visualization import OTHER_COLOR, class_colors
 from san_hf.vocabularies import EXPANSIONS, load_vocabulary
 from tests.tiny import tiny_config
 
@@ -42,6 +42,11 @@ def run(model_folder, tmp_path, monkeypatch):
         return result
 
     return run
+
+
+def list_files(folder) -> list[str]:
+    """Without hidden ones, such as what `--resume` reads."""
+    return sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
 
 
 def labels_of(path: Path) -> np.ndarray:
@@ -76,7 +81,7 @@ def test_json_and_class_order(run, photo):
     for entry in there["classes"]:
         assert entry["pixels"] == (labels == entry["label"]).sum()
         assert entry["share"] == pytest.approx(entry["pixels"] / (96 * 64))
-        assert entry["color"] == "#{:02x}{:02x}{:02x}".format(*class_colors(3)[entry["label"]])
+        assert entry["color"] == "#{:02x}{:02x}{:02x}".format(*name_colors(CLASSES)[entry["label"]])
 
 
 def test_overlay_mask_and_legend(run, photo):
@@ -84,7 +89,7 @@ def test_overlay_mask_and_legend(run, photo):
     photo.save("photo.png")
     result = run("photo.png", "-f", "overlay", "-f", "mask", "-f", "png-labels")
     labels = labels_of("outputs/photo.labels.png")
-    np.testing.assert_array_equal(np.asarray(Image.open("outputs/photo.mask.png")), class_colors(3)[labels])
+    np.testing.assert_array_equal(np.asarray(Image.open("outputs/photo.mask.png")), name_colors(CLASSES)[labels])
     overlay = Image.open("outputs/photo.overlay.png")
     assert overlay.width == 7 * 96 and overlay.height > 7 * 64
     for name, count in zip(CLASSES, np.bincount(labels.ravel(), minlength=3)):
@@ -184,7 +189,7 @@ def test_bad_images_among_good_ones(run, photo):
     photo.save("a.png")
     photo.save("z.png")
     result = run("a.png", *problems, "z.png", "-f", "json", status=1)
-    assert sorted(os.listdir("outputs")) == ["a.json", "z.json"]
+    assert list_files("outputs") == ["a.json", "z.json"]
     for name, reason in problems.items():
         (line,) = [line for line in result.output.splitlines() if line.startswith(f"Error: {name}:")]
         assert reason in line
@@ -194,7 +199,7 @@ def test_bad_images_among_good_ones(run, photo):
 def test_only_bad_images(run, photo):
     """Catches a status that says something was done."""
     run(*broken_files(photo), status=2)
-    assert os.listdir("outputs") == []
+    assert list_files("outputs") == []
 
 
 @pytest.mark.parametrize("limit", [4000, 2000])
@@ -213,7 +218,8 @@ def test_folders_patterns_and_names(run, photo):
     Path("in/notes.txt").write_text("not to be looked at")
     run("in", "in/a.png", "other/*.png", "odd[1].png", "-f", "json")
     written = {
-        str(path.relative_to("outputs")): json.loads(path.read_text())["image"] for path in Path("outputs").rglob("*.*")
+        str(path.relative_to("outputs")): json.loads(path.read_text())["image"]
+        for path in Path("outputs").rglob("*.json")
     }
     assert written == {
         "a.json": "in/a.JPG",
@@ -252,7 +258,8 @@ def test_any_name(photo, model_folder, tmp_path):
     command += ["--classes", "\N{CAT}, {}, [bold]"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
-    assert sorted(os.listdir(os.fsencode(tmp_path / "outputs"))) == sorted(name[:-3] + b"json" for name in names)
+    written = sorted(map(os.fsencode, list_files(tmp_path / "outputs")))
+    assert written == sorted(name[:-3] + b"json" for name in names)
     classes = json.loads((tmp_path / "outputs" / "-dash.json").read_text(encoding="utf-8"))["classes"]
     assert [entry["name"] for entry in classes] == ["\N{CAT}", "{}", "[bold]"]
     assert b"[red]x[bold].png -> " in done.stdout

@@ -20,6 +20,7 @@ from pycocotools import mask as coco_mask
 from typer.testing import CliRunner
 
 from san_hf.cli import app
+from san_hf.colors import OTHER_COLOR, name_colors
 from san_hf.data import DataError, SegmentationDataset, load_segmentation_dataset
 from san_hf.evaluation import evaluator
 from san_hf.evaluation.evaluator import EvaluationError, draw_examples, evaluate
@@ -35,10 +36,8 @@ from san_hf.picture_book.scenes import draw_scene
 from san_hf.visualization import (
     COMPARISON_SIZE,
     ERROR_COLOR,
-    OTHER_COLOR,
     UNLABELLED_COLOR,
     Comparison,
-    class_colors,
     draw_comparisons,
 )
 from san_hf.vocabularies import load_class_ids, load_vocabulary
@@ -631,7 +630,7 @@ def test_comparison_pixels():
     prediction[30:] = 2  # none of the classes
     comparison = Comparison("one", image, truth, {"model": prediction}, {"model": 50.0})
     picture = np.asarray(draw_comparisons([comparison], ["cat", "grass"], 255))
-    colors = class_colors(2)
+    colors = name_colors(["cat", "grass"])
     top = 15 * 2 // 3 + 2 * (15 * 3 // 2)
 
     def pixel(column, x, y):
@@ -664,7 +663,7 @@ def test_examples_show_each_model(loaded, data):
     line = 15 * 3 // 2
     left, top = 10 + 2 * (COMPARISON_SIZE + 10), 10 + 2 * line
     for index in (2, 5):
-        expected = class_colors(len(data.class_names))[segmenter(data[index][0]).label_map]
+        expected = name_colors(data.class_names)[segmenter(data[index][0]).label_map]
         height = round(COMPARISON_SIZE * len(expected) / max(expected.shape[:2]))
         assert height == COMPARISON_SIZE  # both are square, 64 pixels a side
         shown = picture[top + 2 : top + height : 5, left + 2 : left + COMPARISON_SIZE : 5]

@@ -4,25 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from san_hf.visualization import OTHER_COLOR, class_colors, colorize, draw_overlay
+from san_hf.colors import class_colors, name_colors
+from san_hf.visualization import colorize, draw_overlay
 
 
 GREY = Image.new("RGB", (640, 480), (90, 90, 90))
-
-
-def test_a_color_depends_on_the_index_alone():
-    """Catches colours that change when a class is added: pictures of two runs could not be compared."""
-    np.testing.assert_array_equal(class_colors(7), class_colors(900)[:7])
-
-
-def test_colors_differ():
-    """Catches repeated colours, neighbours that the eye takes for one, and colours that look like "other"."""
-    colors = class_colors(847)
-    assert len(np.unique(colors, axis=0)) == 847
-    first = np.concatenate([class_colors(12), [OTHER_COLOR]]).astype(int)
-    distances = np.linalg.norm(first[:, None] - first[None], axis=-1)[~np.eye(13, dtype=bool)]
-    assert distances.min() > 60
-    assert class_colors(3000).shape == (3000, 3)
 
 
 def test_colorize():
@@ -48,7 +34,7 @@ def test_overlay_blends(opacity):
     label_map[:, 320:] = 1
     picture = np.asarray(draw_overlay(GREY, label_map, [" ", " "], opacity=opacity))
     for x, label in ((100, 0), (500, 1)):
-        expected = (1 - opacity) * 90 + opacity * class_colors(2)[label]
+        expected = (1 - opacity) * 90 + opacity * name_colors([" ", " "])[label]
         np.testing.assert_allclose(picture[50, x], expected, atol=1)
     assert (picture[50, 319:322] == 255).all(axis=-1).any()  # the outline
 
@@ -58,7 +44,8 @@ def name_pixels(label_map, names, label):
     image = Image.fromarray(np.full((*label_map.shape, 3), 90, np.uint8))
     blank = [" " if i == label else name for i, name in enumerate(names)]
     height = label_map.shape[0]
-    one, other = (np.asarray(draw_overlay(image, label_map, n))[:height] for n in (names, blank))
+    colors = class_colors(len(names))
+    one, other = (np.asarray(draw_overlay(image, label_map, n, colors))[:height] for n in (names, blank))
     return (one[:, : label_map.shape[1]] != other[:, : label_map.shape[1]]).any(axis=-1)
 
 
@@ -89,7 +76,7 @@ def test_legend_lists_the_largest_first():
     label_map[:, 600:] = 1
     names = ["small", "smaller", "absent", "large"]
     legend = np.asarray(draw_overlay(GREY, label_map, names))[480:]
-    colors = class_colors(4)
+    colors = name_colors(names)
     first_column = {}
     for label in range(4):
         columns = (legend == colors[label]).all(axis=-1).any(axis=0).nonzero()[0]
@@ -105,15 +92,17 @@ def test_small_pictures_are_enlarged_by_a_whole_factor():
     picture = draw_overlay(Image.new("RGB", (64, 48)), label_map, [" ", " "], opacity=1.0)
     assert picture.width == 640 and picture.height > 480
     picture = np.asarray(picture)
-    np.testing.assert_array_equal(picture[100, 315], class_colors(2)[0])
-    np.testing.assert_array_equal(picture[100, 325], class_colors(2)[1])
+    colors = name_colors([" ", " "])
+    np.testing.assert_array_equal(picture[100, 315], colors[0])
+    np.testing.assert_array_equal(picture[100, 325], colors[1])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1), (3, 2)])
 def test_thin_pictures(size):
     """Catches divisions by nothing and empty slices."""
     picture = draw_overlay(Image.new("RGB", size), np.zeros(size[::-1], int), ["something " * 40])
-    assert picture.width >= size[0] and picture.height > size[1]
+    assert picture.width >= size[0] and picture.height >= size[1]
+    assert picture.width > size[0] or picture.height > size[1]  # the legend
 
 
 def test_names_in_any_writing():
