@@ -323,7 +323,7 @@ def broken_models(model_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ("missing/folder", "no folder here"),
+        ("missing/folder", "There is no folder"),
         ("no-such-alias", "san-vit-b-16"),
         ("empty", "config.json"),
         ("weightless", "model.safetensors"),
