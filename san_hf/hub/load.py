@@ -103,8 +103,8 @@ def from_pretrained(
         if is_known or os.path.isdir(name) or not hub_options["local_files_only"]:
             raise
         raise OSError(
-            f"There is no folder {name!r} here, it is none of {', '.join(known)}, and as a repository on the Hub it is "
-            f"not complete in the cache, with no connection to {without_passwords(constants.ENDPOINT)}."
+            f"There is no folder here of that name, it is none of {', '.join(known)}, and as a repository on the Hub "
+            f"{name!r} is not complete in the cache, with no connection to {without_passwords(constants.ENDPOINT)}."
             + suggestion(name, known)
         ) from error
     check_processor(processor, model.config, location)

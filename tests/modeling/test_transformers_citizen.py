@@ -287,7 +287,7 @@ def test_initialisation_depends_on_the_seed_alone(config):
 def paper_decoder_config():
     """The paper's sizes wherever new weights depend on them, on a CLIP of few layers and with little text."""
     vision = {"hidden_size": 768, "intermediate_size": 64, "num_attention_heads": 12, "num_hidden_layers": 2}
-    text = {"vocab_size": 514, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    text = {"vocab_size": 514, "eos_token_id": 513, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     return SANConfig(
         clip_config={"vision_config": vision | {"patch_size": 16}, "text_config": text | {"num_attention_heads": 2}},
         recognition_token="learned",
