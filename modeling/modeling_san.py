@@ -208,7 +208,8 @@ class SANPreTrainedModel(PreTrainedModel):
         for part in (self.config.clip_config, self.config.clip_vision_config, self.config.clip_text_config):
             cast(CLIPConfig, part).dtype = self.dtype
         # Engines that spread a model over processes can't spread a tensor without dimensions: it has one meanwhile.
-        if getattr(self, "logit_scale", None) is not None and self.logit_scale.dim():
+        logit_scale = cast(torch.Tensor | None, getattr(self, "logit_scale", None))
+        if logit_scale is not None and logit_scale.dim():
             state = self.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
             kwargs["state_dict"] = {
                 name: tensor.reshape(()) if name == "logit_scale" else tensor for name, tensor in state.items()
