@@ -1,5 +1,6 @@
 """Model cards: the facts of a checkpoint (`model_cards/*.yaml`) put into one template (`model_cards/template.md`)."""
 
+import json
 import re
 from importlib.resources import files
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from san_hf.messages import escape_markdown
 
 
 CARDS = files("san_hf.model_cards")
@@ -33,7 +36,7 @@ DEFAULTS = {
     },
 }
 # Facts a template may do without.
-OPTIONAL = ("notice", "training", "limits", "base_model", "results_note")
+OPTIONAL = ("license", "notice", "training", "limits", "base_model", "results_note")
 
 
 def load_facts(name: str) -> dict[str, Any]:
@@ -59,7 +62,8 @@ def render_card(
     """The card of a checkpoint, with the metadata that the Hub reads.
 
     Args:
-        facts: `title`, and optionally `summary`, `notice` (a plain statement set off at the top), `base_model`,
+        facts: `title`, and optionally `license` (as the Hub names it, "cc-by-4.0"; without it the card says that none
+            was named), `summary`, `notice` (a plain statement set off at the top), `base_model`,
             `datasets`, `tags`, `training`, `limits` (Markdown), `results` (rows: `dataset` and values by metric, in
             percent), `results_note` (what they are), `definitions` (meaning of each metric), `sample_image`,
             `sample_classes` (for the example), `has_code` (whether the model's code is saved beside the weights; if
@@ -86,10 +90,11 @@ def render_card(
             f"The sizes are those of {facts['title']}, and training and results below are that model's. Whether the "
             "weights here are the same was not checked."
         )
+        facts["license"] = None
     indexed = results if facts_are_of_these_weights else []
     data = ModelCardData(
         language="en",
-        license="mit",
+        license=facts["license"],
         library_name="transformers",
         pipeline_tag="image-segmentation",
         base_model=facts["base_model"],
@@ -99,19 +104,39 @@ def render_card(
         eval_results=[
             EvalResult(
                 task_type="image-segmentation",
-                dataset_type=re.sub(r"[^a-z0-9]+", "-", row["dataset"].lower()),
+                dataset_type=slug,
                 dataset_name=row["dataset"],
                 metric_type="mean_iou",
                 metric_name="mIoU",
                 metric_value=row["mIoU"],
             )
-            for row in indexed
+            for slug, row in zip(_slugs([row["dataset"] for row in indexed]), indexed)
             if "mIoU" in row
         ]
         or None,
     )
-    template = jinja2.Environment(
+    environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    ).from_string((CARDS / "template.md").read_text(encoding="utf-8"))
+    )
+    environment.filters |= {"plain": lambda value: escape_markdown(str(value)), "quoted": _quoted}
+    template = environment.from_string((CARDS / "template.md").read_text(encoding="utf-8"))
     body = template.render(**facts, model_id=model_id, provenance=provenance)
     return ModelCard(f"---\n{data}\n---\n\n{body}")
+
+
+def _slugs(names: list[str]) -> list[str]:
+    """Names for the Hub, in any script and each once: it takes results of equal ones for those of one data set."""
+    slugs: list[str] = []
+    for name in names:
+        tidy = re.sub(r"[\W_]+", "-", name.lower()).strip("-") or "dataset"
+        slug, number = tidy, 1
+        while slug in slugs:
+            number += 1
+            slug = f"{tidy}-{number}"
+        slugs.append(slug)
+    return slugs
+
+
+def _quoted(value: str | list[str]) -> str:
+    """A text, or a list of texts, as Python has it."""
+    return json.dumps(value, ensure_ascii=False)

@@ -46,6 +46,13 @@ def printable(text: str | os.PathLike) -> str:
     return "".join(letter if _is_visible(letter) else "\N{REPLACEMENT CHARACTER}" for letter in os.fspath(text))
 
 
+def escape_markdown(text: str) -> str:
+    """A text in one line that Markdown shows as it is: no HTML, emphasis, code, link or cell of a table."""
+    text = re.sub(r"([\\`*\[\]<>|~&$])", r"\\\1", " ".join(printable(" ".join(text.split())).split()))
+    # Within a word, underscores are no emphasis.
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)
+
+
 def for_terminal(text: str) -> str:
     """A text of one or several lines: each [`printable`], and no passwords in addresses."""
     return "\n".join(map(printable, without_passwords(text).split("\n")))

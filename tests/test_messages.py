@@ -2,7 +2,7 @@
 
 import pytest
 
-from san_hf.messages import for_terminal, join_some, one_line, printable, without_passwords
+from san_hf.messages import escape_markdown, for_terminal, join_some, one_line, printable, without_passwords
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,19 @@ def test_texts_for_a_terminal():
     shown = "GET https://***@hub.example:8080/x?y=1 and http://***@h/"
     assert without_passwords(address) == for_terminal(address) == one_line(ValueError(address)) == shown
     assert without_passwords("https://hub.example/@me/a@b") == "https://hub.example/@me/a@b"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("day|night", r"day\|night"),
+        ("<b>sky</b> &amp;", r"\<b\>sky\</b\> \&amp;"),
+        ("*a* `b` ~~c~~ [d](e) $f$", r"\*a\* \`b\` \~\~c\~\~ \[d\](e) \$f\$"),
+        ("__init__ a_b _c_", r"\_\_init\_\_ a_b \_c\_"),
+        ("back\\slash\nand line", r"back\\slash and line"),
+        ("天空: it's 1.5 %", "天空: it's 1.5 %"),
+    ],
+)
+def test_escape_markdown(text, expected):
+    """Catches names that Markdown takes for HTML, emphasis, code, links or cells, and plain ones that change."""
+    assert escape_markdown(text) == expected

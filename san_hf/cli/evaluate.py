@@ -430,11 +430,11 @@ def print_reports(reports: "Sequence[Report]", folders: Sequence[Path], per_clas
     if per_class:
         for report in reports:
             console.print(f"{report.model} on {report.dataset}", style="bold", markup=False, highlight=False)
-            console.print(console_table(*class_rows(report)))
+            console.print(console_table(*class_rows(report)), crop=False)
     rows = [
         [report.dataset, report.model, f"{report.images:,}", *(percent(report.metrics[name]) for name in METRICS)]
         for report in reports
     ]
-    console.print(console_table(["dataset", "model", "images", *METRICS], rows))
+    console.print(console_table(["dataset", "model", "images", *METRICS], rows), crop=False)
     for folder in folders:
         console.print(f"Wrote {folder}", markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 from san_hf.cli.console import table_console
 from san_hf.evaluation.published import PUBLISHED_MODELS, published_images, reasons_not_comparable
 from san_hf.files import json_text
-from san_hf.messages import for_terminal
+from san_hf.messages import escape_markdown, for_terminal
 
 
 if TYPE_CHECKING:
@@ -89,18 +89,19 @@ def _print_table(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
     console = table_console()
     for entry in entries:
         console.print(Text(_heading(entry["report"]), style="bold"))
-        console.print(console_table(COMPARISON_HEADER[1:], [row[1:] for row in comparison_rows(entry["comparison"])]))
+        table = console_table(COMPARISON_HEADER[1:], [row[1:] for row in comparison_rows(entry["comparison"])])
+        console.print(table, crop=False)
         if entry["not comparable"]:
             console.print(Text(_caution(entry["not comparable"])))
         elif entry["images"]:
             console.print(Text(entry["images"]))
         if per_class:
-            console.print(console_table(*class_rows(entry["report"])))
+            console.print(console_table(*class_rows(entry["report"])), crop=False)
         console.print()
 
 
 def _print_markdown(entries: Sequence[Mapping[str, Any]], per_class: bool) -> None:
-    from san_hf.evaluation.tables import COMPARISON_HEADER, class_rows, comparison_rows, escape_markdown, markdown_table
+    from san_hf.evaluation.tables import COMPARISON_HEADER, class_rows, comparison_rows, markdown_table
 
     for entry in entries:
         parts = [

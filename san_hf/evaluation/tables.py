@@ -10,7 +10,7 @@ from rich.text import Text
 
 from san_hf.evaluation.metrics import METRICS
 from san_hf.evaluation.published import PUBLISHED_MODELS, SOURCES, published_results
-from san_hf.messages import printable
+from san_hf.messages import escape_markdown, printable
 
 
 if TYPE_CHECKING:
@@ -116,23 +116,21 @@ def to_markdown(report: "Report") -> str:
     )
 
 
-def escape_markdown(text: str) -> str:
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
-
-
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, [":--" if name in LEFT else "--:" for name in header], *rows]
     return "\n".join(f"| {' | '.join(map(escape_markdown, line))} |" for line in lines)
 
 
 # Columns of words; numbers stand to the right.
-LEFT = {"name", "metric", "dataset", "published for", "from"}
+LEFT = {"name", "metric", "dataset", "model", "published for", "from"}
 
 
 def console_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0))
-    for name in header:
-        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold")
+    for index, name in enumerate(header):
+        # In a narrow window words are folded, numbers never.
+        width = None if name in LEFT else max((len(row[index]) for row in rows), default=0)
+        table.add_column(name, justify="left" if name in LEFT else "right", overflow="fold", min_width=width)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table

@@ -13,6 +13,13 @@ from san_hf.files import honour_umask, new_folder
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 
 
+def name_for_others(path: str | os.PathLike) -> str:
+    """A folder without what means nothing on another machine: a relative path below the present one, else its name."""
+    path = Path(path)
+    known = not path.is_absolute() and ".." not in path.parts and path.parts and not str(path).startswith("~")
+    return path.as_posix() if known else path.expanduser().resolve().name
+
+
 def save_pretrained(
     model: SANForSemanticSegmentation,
     processor: SANProcessor,
@@ -29,14 +36,16 @@ def save_pretrained(
     Args:
         model, processor: what to save.
         folder: a new one appears when it is complete; in one that exists, files of the same names are replaced.
-        facts: see [`san_hf.cards.render_card`]; without them, the card claims nothing about training and results.
-        model_id: the name the card's example loads; the folder's own by default.
+        facts: see [`san_hf.cards.render_card`]; without them, the card claims nothing about training, results and
+            licence.
+        model_id: the name the card's example loads; by default the folder, as it is given if that is a relative path,
+            else its own name.
 
     Raises:
         OSError: the folder can't be written.
     """
     folder = Path(folder)
-    model_id = model_id or folder.resolve().name
+    model_id = model_id or name_for_others(folder)
     with nullcontext(folder) if folder.exists() else new_folder(folder) as target:
         model.save_pretrained(target)
         processor.save_pretrained(target)

@@ -207,6 +207,9 @@ class LoggingSection(Section):
 class HubSection(Section):
     repo: str | None = resumable_field(None, "Repository to push the final model to: `owner/name`.")
     private: bool | None = resumable_field(None, "Whether a new repository is private. Default: the account's.")
+    license: str | None = resumable_field(
+        None, "Licence of the trained weights, for the card, as the Hub names it: `cc-by-4.0`. Default: none is named."
+    )
 
     @model_validator(mode="after")
     def check(self):

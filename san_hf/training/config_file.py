@@ -1,5 +1,6 @@
 """The configuration of a training as a file: YAML, `key=value` overrides, and errors that name the key."""
 
+import datetime
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -188,12 +189,19 @@ def _describe(problem: Mapping[str, Any]) -> str:
         if not hint and (elsewhere := sorted(name for name in known if name.split(".")[-1] == location[-1])):
             hint = f"; did you mean {elsewhere[0]}?"
         return f"{key}: unknown key{hint}"
+    if problem["type"] == "missing" and key == "model":
+        return "model: missing: give model.checkpoint (a SAN to go on with) or model.clip (a CLIP to build one on)"
     if problem["type"] == "missing":
         return f"{key}: missing, and there is no default"
     if problem["type"] == "value_error":
         return f"{key}: {problem['ctx']['error']}"
     message = problem["msg"].removeprefix("Input ")
-    return f"{key}: {message}, got {problem['input']!r:.80}"
+    value = problem["input"]
+    if problem["type"] == "string_type" and isinstance(value, bool | int | float | datetime.date | None):
+        message += ": in YAML, text that looks like a number, a date, true, false or null goes in quotes"
+        value = value.isoformat() if isinstance(value, datetime.date) else value
+        return f"{key}: {message}; got {value!r:.80}"
+    return f"{key}: {message}, got {value!r:.80}"
 
 
 def _to_yaml(value: Any) -> str:

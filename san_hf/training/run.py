@@ -1,6 +1,7 @@
 """One training run: its folder, its parts, and all that happens between the steps."""
 
 import math
+import os
 import sys
 import time
 import uuid
@@ -18,9 +19,10 @@ from san_hf.evaluation.evaluator import Evaluation, evaluate
 from san_hf.evaluation.pictures import draw_kept
 from san_hf.files import new_file
 from san_hf.hub import push_to_hub, save_pretrained
+from san_hf.hub.push import name_for_others
 from san_hf.inference import Vocabulary
 from san_hf.launcher import end_with_launcher
-from san_hf.messages import one_line
+from san_hf.messages import escape_markdown, one_line
 from san_hf.modeling import SANForSemanticSegmentation
 
 from .augmentation import TrainingTransform
@@ -365,7 +367,7 @@ class Run:
         try:
             with new_shared_folder(self.accelerator, folder) as temporary:
                 if self.accelerator.is_main_process:
-                    name = folder.resolve().parent.name
+                    name = name_for_others(folder)
                     save_pretrained(model, self.processor, temporary, facts=facts, model_id=name)
         # A full disk has many names, see save_checkpoint.
         except Exception as error:
@@ -386,16 +388,20 @@ class Run:
     def _card_facts(self, data: SegmentationDataset, metrics: dict[str, float] | None) -> dict[str, Any]:
         """Facts for the card of a trained model."""
         config = self.config
-        start = config.model.checkpoint or config.model.clip
+        start, source = (
+            escape_markdown(Path(name).name if os.path.exists(os.path.expanduser(name)) else name)
+            for name in (config.model.checkpoint or config.model.clip or "", config.data.source)
+        )
         training = (
-            f"Started from `{start}` and trained for {self.step} of {self.steps} steps of "
-            f"{config.training.batch_size} images on `{config.data.source}` ({config.data.split}), "
+            f"Started from {start} and trained for {self.step} of {self.steps} steps of "
+            f"{config.training.batch_size} images on {source} ({escape_markdown(config.data.split)}), "
             f"{len(data.class_names)} classes, with AdamW at a learning rate of {config.optimizer.learning_rate:g}. "
             f"CLIP was {'frozen' if config.model.freeze_clip else 'trained, too'}. Crops of "
             f"{config.augmentation.crop_size} pixels, seed {config.seed}."
         )
         facts: dict[str, Any] = {
             "title": self.output.resolve().name,
+            "license": config.hub.license,
             "training": training,
             "sample_classes": data.class_names[:3],
         }

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from san_hf.cli import app
@@ -69,6 +70,25 @@ def test_markdown(folder):
     assert "| 0 | aeroplane | 66.67 | 66.67 | 3 | 2 |" in lines
     assert "| 2 | bird | - | - | 0 | 1 |" in lines
     assert "Settings: limit: 3, augment: True." in lines[2]
+
+
+def test_names_that_markdown_reads(tmp_path):
+    """Catches a class name that becomes HTML, emphasis, or a cell of its own."""
+    metrics = ConfusionMatrixMetrics(3, 255)
+    metrics.update(torch.zeros(4, 4, dtype=int), torch.zeros(4, 4, dtype=int))
+    facts = {"model": "m", "dataset": "<i>", "split": "validation", "settings": {}}
+    write_results(tmp_path, metrics.compute(["<b>sky", "_a_ `b`", "c|d"]), **facts)
+    text = (tmp_path / "results.md").read_text()
+    assert all(f"| {cell} |" in text for cell in (r"\<b\>sky", r"\_a\_ \`b\`", r"c\|d")) and "# m on \\<i\\>" in text
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_numbers_in_a_narrow_window(folder, monkeypatch, width):
+    """Catches numbers that are cut or folded where a window is narrow."""
+    monkeypatch.setattr("san_hf.cli.results.table_console", lambda: Console(width=width))
+    shown = run(folder, "--per-class").output
+    for number in ("58.33", "93.95", "-35.62", "66.67"):
+        assert number in shown.split()
 
 
 def test_beside_the_published_results(folder):

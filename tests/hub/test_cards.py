@@ -1,6 +1,10 @@
 """Model cards, as the text they are."""
 
+import ast
+import re
+
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from san_hf.cards import load_facts, render_card
@@ -56,3 +60,44 @@ def test_only_what_is_known():
     assert "base_model" not in str(card)
     with pytest.raises(ValueError, match="Unknown facts for a model card: result; known are"):
         render_card({"title": "Mine", "result": []}, "someone/mine")
+
+
+@pytest.mark.parametrize(
+    "names", [("街景", "夜景"), ("VOC 20", "voc-20"), ("Straße", "Stra e"), ("a: b", "a - b"), ("|", "-")]
+)
+def test_results_of_two_data_sets(names):
+    """Catches two data sets whose results the Hub takes for those of one, and a name that breaks table or metadata."""
+    rows = [{"dataset": name, "mIoU": 10.5 * number} for number, name in enumerate(names, start=1)]
+    card = render_card({"title": "mine", "results": rows}, "me/mine")
+    index = yaml.safe_load(str(card).split("---")[1])["model-index"][0]["results"]
+    assert [(r["dataset"]["name"], [m["value"] for m in r["metrics"]]) for r in index] == list(
+        zip(names, ([10.5], [21.0]))
+    )
+    assert len({result["dataset"]["type"] for result in index}) == 2
+    for name, value in zip(names, (10.5, 21.0)):
+        assert f"| {name.replace('|', chr(92) + '|')} | {value} |" in card.text
+
+
+def test_names_of_any_letters():
+    """Catches class names that the example's code spells otherwise, and a title that becomes HTML."""
+    names = ["天空", "people's car", 'a "b": c|d', "R\\T"]
+    card = render_card({"title": "<b>mine</b>: _x_", "sample_classes": names}, 'me/"mine"')
+    (listed,) = re.findall(r"text=(\[.*\]), return", card.text)
+    assert ast.literal_eval(listed) == names and "天空" in listed and "people's" in listed
+    assert r"# \<b\>mine\</b\>: \_x\_" in card.text and 'from_pretrained("me/\\"mine\\""' in card.text
+
+
+@pytest.mark.parametrize(
+    ("facts", "metadata", "text"),
+    [
+        ({}, None, "No licence was named for these weights"),
+        ({"license": "cc-by-nc-4.0"}, "cc-by-nc-4.0", "The licence of these weights: cc-by-nc-4.0."),
+        ({"license": "mit"}, "mit", "\nMIT."),
+    ],
+)
+def test_licence(facts, metadata, text):
+    """Catches a licence that nobody chose."""
+    card = render_card({"title": "mine"} | facts, "me/mine")
+    assert card.data.license == metadata and text in card.text
+    lent = render_card(load_facts("san-vit-b-16"), "mine", facts_are_of_these_weights=False)
+    assert lent.data.license is None

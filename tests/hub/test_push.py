@@ -70,3 +70,12 @@ def test_the_cards_example_runs(model, processor, tmp_path, monkeypatch):
     exec(code, names)
     assert names["label_map"].shape == (50, 70) and names["label_map"].dtype == torch.int64
     assert 0 <= names["label_map"].min() and names["label_map"].max() < 3
+
+
+def test_where_the_card_says_it_is(model, processor, tmp_path, monkeypatch):
+    """Catches a path of this machine in a card, and an example that loads another folder than the card's."""
+    monkeypatch.chdir(tmp_path)
+    for folder, name in (("runs/mine/best", "runs/mine/best"), (tmp_path / "absolute", "absolute"), ("a/../b", "b")):
+        save_pretrained(model, processor, folder)
+        text = (tmp_path / folder / "README.md").read_text()
+        assert f'from_pretrained("{name}"' in text and str(tmp_path) not in text
