@@ -536,7 +536,8 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
             class_embeds = self.get_class_embeds(input_ids.to(self.device), attention_mask)
         class_embeds = cast(torch.Tensor, class_embeds)
         self._check_class_embeds(class_embeds)
-        if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        # Of a set, the names' order changes from run to run.
+        if not isinstance(class_names, list | tuple) or not all(isinstance(name, str) for name in class_names):
             raise ValueError(f"class_names must be a list of strings, got {class_names!r}.")
         if len(class_names) != class_embeds.shape[0]:
             raise ValueError(f"Got {len(class_names)} class names for {class_embeds.shape[0]} class embeddings.")

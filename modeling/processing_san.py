@@ -131,7 +131,7 @@ class SANProcessor(ProcessorMixin):
 
     def _tokenize(self, names: list[str], prompt_templates, text_kwargs: dict) -> dict[str, np.ndarray]:
         templates = split_templates(self.prompt_templates if prompt_templates is None else prompt_templates)
-        plain = []
+        plain: list[str] = []
         for name in names:
             prompts = [before + name + after for before, after in templates]
             plain += map(clean_text, prompts)

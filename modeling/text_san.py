@@ -16,7 +16,7 @@ from html.entities import html5
 try:
     import ftfy
 except ImportError:  # a checkpoint's code runs without it, see `may_be_misread`
-    ftfy = None
+    ftfy = None  # type: ignore[assignment]  # else a module
 
 
 # Far beyond what 77 tokens can hold.

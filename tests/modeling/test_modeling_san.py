@@ -587,6 +587,7 @@ def test_vocabularies_that_do_not_fit_are_refused(model, input_ids, class_embeds
         ((["a", "b", "a", "d"],), {"class_embeds": class_embeds}, "repeated: ['a']"),
         (([],), {"class_embeds": class_embeds[:0]}, "at least one class"),
         (("abcd",), {"class_embeds": class_embeds}, "class_names must be a list of strings"),
+        ((set("abcd"),), {"class_embeds": class_embeds}, "class_names must be a list of strings"),
         ((["a", "b", "c", 4],), {"class_embeds": class_embeds}, "class_names must be a list of strings"),
     ]
     before = model.config.to_dict()
