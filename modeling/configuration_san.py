@@ -142,6 +142,8 @@ class SANConfig(PreTrainedConfig):
             Standard deviation for initialising the side adapter.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
             Value in `labels` that marks unlabelled pixels.
+        ignore_index_is_class (`bool`, *optional*, defaults to `False`):
+            Whether `semantic_loss_ignore_index` is meant to be one of the classes, whose pixels then train nothing.
         vocabulary_size (`int`, *optional*, defaults to 0):
             Number of classes that the checkpoint carries embeddings for; set by `model.set_vocabulary`.
 
@@ -202,6 +204,7 @@ class SANConfig(PreTrainedConfig):
     dice_weight: float | int = 5.0
     initializer_range: float = 0.02
     semantic_loss_ignore_index: int = 255
+    ignore_index_is_class: bool = False
     vocabulary_size: int = 0
 
     def __post_init__(self, **kwargs):

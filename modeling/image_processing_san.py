@@ -4,12 +4,10 @@ Sizes are always (height, width), in pixels.
 """
 
 import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -20,11 +18,31 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import is_torchvision_available
 
+from .image_input_san import (
+    attempt,
+    describe,
+    flatten_inputs,
+    flatten_label_maps,
+    infer_format,
+    labels_to_array,
+    lay_on_white,
+    native_order,
+    open_image,
+    pil_to_array,
+    to_8_bits,
+)
+from .image_sizes_san import (
+    check_arithmetic,
+    check_channels,
+    checked_setting,
+    padded_size_of,
+    resized_size,
+    size_of,
+)
 from .post_processing_san import SemanticSegmentationPostProcessing
 
 
@@ -34,12 +52,15 @@ class SANImageProcessorKwargs(ImagesKwargs, total=False):
         The batch is padded to a height and a width that are multiples of this.
     ignore_index (`int`, *optional*, defaults to `self.ignore_index`):
         Value of unlabelled pixels in segmentation maps, and of their padding.
+    ignore_index_is_class (`bool`, *optional*, defaults to `self.ignore_index_is_class`):
+        Whether `ignore_index` is meant to be the label of a class, too, whose pixels then count as unlabelled.
     do_reduce_labels (`bool`, *optional*, defaults to `self.do_reduce_labels`):
         Whether segmentation maps count from 1, 0 being unlabelled: 0 becomes `ignore_index`, the rest go down by one.
     """
 
     size_divisor: int | None
     ignore_index: int | None
+    ignore_index_is_class: bool | None
     do_reduce_labels: bool | None
 
 
@@ -80,11 +101,16 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
     do_pad = True
     size_divisor = 32
     ignore_index = 255
+    ignore_index_is_class = False
     do_reduce_labels = False
     return_tensors = "pt"
 
     def __init__(self, **kwargs: Unpack[SANImageProcessorKwargs]):
         super().__init__(**kwargs)  # type: ignore[misc]  # of the backend
+
+    def __setattr__(self, name: str, value: Any):
+        # Whatever form it is given in, at construction or later, in one form from here on.
+        super().__setattr__(name, checked_setting(name, value))
 
     def preprocess(
         self,
@@ -95,12 +121,12 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
         r"""
         Args:
             images:
-                An image or a list of images; see the class for what an image can be. A 4-dimensional array or tensor
-                is a batch.
+                An image or a list of images; see the class for what an image can be, and nested lists of numbers. A
+                4-dimensional array or tensor is a batch.
             segmentation_maps:
                 A label map per image, of the image's size before it is resized: PIL images (8-bit, palette, 16-bit
-                or 32-bit), arrays or tensors (H, W), of integers >= 0 or `ignore_index`. A 3-dimensional array or
-                tensor is a batch. They are resized by nearest neighbour.
+                or 32-bit), arrays, tensors or nested lists (H, W) or (H, W, 1), of integers >= 0 or `ignore_index`. A
+                3-dimensional array or tensor is a batch otherwise. They are resized by nearest neighbour.
             kwargs:
                 Any of the processor's attributes, for this call only.
 
@@ -115,7 +141,10 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
         Raises:
             ValueError: for whatever is not an image, or not of the kind described; the message says which one.
         """
-        return super().preprocess(images, segmentation_maps, **kwargs)  # type: ignore[misc]  # of the backend
+        settings = {name: checked_setting(name, value) for name, value in kwargs.items()}
+        # Transformers takes them as dictionaries only.
+        settings |= {name: dict(value) for name, value in settings.items() if isinstance(value, SizeDict)}
+        return super().preprocess(images, segmentation_maps, **settings)  # type: ignore[misc]  # of the backend
 
     def _preprocess_image_like_inputs(
         self,
@@ -145,21 +174,23 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
             raise ValueError("Got do_center_crop=True, but SAN segments whole images: crop them before the processor.")
         options = (do_convert_rgb, input_data_format, do_rescale, device)
         arrays = [
-            _attempt(f"image {index}", self.process_image, image, *options)
-            for index, image in enumerate(_flatten(images, ndim=3))
+            attempt(f"image {index}", self.process_image, image, *options)
+            for index, image in enumerate(flatten_inputs(images))
         ]
         if not arrays:
             raise ValueError("Got no images, expected at least one.")
-        original_sizes = [_size_of(image) for image in arrays]
+        original_sizes = [size_of(image) for image in arrays]
 
+        # All sizes and numbers before anything of those sizes is made.
+        image_sizes = [resized_size(image_size, size) for image_size in original_sizes] if do_resize else original_sizes
+        padded_height, padded_width = padded_size_of(image_sizes, size_divisor, pad_size) if do_pad else (0, 0)
+        check_arithmetic(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         if do_resize:
             arrays = [self.resize(image, size, resample) for image in arrays]
-        image_sizes = [_size_of(image) for image in arrays]
-        padded_height, padded_width = padded_size_of(image_sizes, size_divisor, pad_size)
 
         if do_rescale or do_normalize:
             for image in arrays:
-                _check_channels(image, image_mean, image_std, do_normalize)
+                check_channels(image, image_mean, image_std, do_normalize)
             arrays = [
                 self.rescale_and_normalize(image, do_rescale, rescale_factor, do_normalize, image_mean, image_std)
                 for image in arrays
@@ -171,12 +202,12 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
         data: dict[str, list] = {"pixel_values": arrays, "image_sizes": image_sizes}
 
         if segmentation_maps is not None:
-            label_maps = list(_flatten(segmentation_maps, ndim=2))
+            label_maps = flatten_label_maps(segmentation_maps, original_sizes)
             if len(label_maps) != len(arrays):
                 raise ValueError(f"Got {len(label_maps)} segmentation maps for {len(arrays)} images, expected as many.")
             data["labels"] = []
             for index, label_map in enumerate(label_maps):
-                label_map = _attempt(f"segmentation map {index}", _to_labels, label_map, ignore_index)
+                label_map = attempt(f"segmentation map {index}", labels_to_array, label_map, ignore_index)
                 if label_map.shape != original_sizes[index]:
                     raise ValueError(
                         f"Segmentation map {index} has the size {label_map.shape}, its image {original_sizes[index]}: "
@@ -204,29 +235,30 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
     ) -> np.ndarray:
         """One image in any form, as a (C, H, W) array: uint8, or float32 if it is of floats and not to be rescaled."""
         if isinstance(image, str | os.PathLike):
-            image = _open(os.fspath(image))
+            image = open_image(os.fspath(image))
         if isinstance(image, PIL.Image.Image):
             input_data_format = ChannelDimension.LAST
-            image = _pil_to_array(image, do_convert_rgb)
+            image = pil_to_array(image, do_convert_rgb)
         elif isinstance(image, torch.Tensor):
             image = image.detach().cpu()
             image = (image.float() if image.is_floating_point() else image).numpy()
         elif not isinstance(image, np.ndarray):
-            raise ValueError(f"got {_describe(image)}, expected a PIL image, an array, a tensor, a path or a URL")
+            raise ValueError(f"got {describe(image)}, expected a PIL image, an array, a tensor, a path or a URL")
 
+        image = native_order(image)
         if image.ndim not in (2, 3) or 0 in image.shape:
             raise ValueError(f"got the shape {image.shape}, expected (H, W), (H, W, C) or (C, H, W), none of them 0")
         if image.ndim == 2:
             image = image[None]
-        elif (input_data_format or _infer_format(image.shape)) == ChannelDimension.LAST:
+        elif (input_data_format or infer_format(image.shape)) == ChannelDimension.LAST:
             image = np.moveaxis(image, -1, 0)
 
-        image = _to_8_bits(image, keep_floats=not do_rescale)
+        image = to_8_bits(image, keep_floats=not do_rescale)
         if do_convert_rgb:
             if len(image) == 1:
                 image = np.repeat(image, 3, axis=0)
             elif len(image) == 4:
-                image = _lay_on_white(image)
+                image = lay_on_white(image)
         return np.ascontiguousarray(image)
 
     def resized_sizes(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -241,7 +273,7 @@ class _SANImageProcessing(SemanticSegmentationPostProcessing):
         self, image: "np.ndarray | torch.Tensor", size: SizeDict, resample: PILImageResampling | None = None, **kwargs
     ) -> "np.ndarray | torch.Tensor":
         """Resizes a (C, H, W) image by the rule of `size`; see the class."""
-        height, width = resized_size(_size_of(image), size)
+        height, width = resized_size(size_of(image), size)
         size = SizeDict(height=height, width=width)
         return super().resize(image, size, resample, **kwargs)  # type: ignore[misc]  # of the backend
 
@@ -293,157 +325,6 @@ else:
 
     # One class under both names, so that it does not matter by which of them an Auto class finds it
     SANImageProcessorPil = SANImageProcessor  # type: ignore[misc, assignment]
-
-
-def _flatten(items, ndim: int) -> Iterator:
-    """The images in `items`: one image, a batch in one array of `ndim` + 1 dimensions, or (nested) lists of these."""
-    if isinstance(items, list | tuple):
-        for item in items:
-            yield from _flatten(item, ndim)
-    elif isinstance(items, np.ndarray | torch.Tensor) and items.ndim == ndim + 1:
-        yield from items
-    else:
-        yield items
-
-
-def _attempt(what: str, function, *args):
-    """Calls `function`, and says of which input its error speaks."""
-    try:
-        return function(*args)
-    # What Pillow raises for files that are broken, truncated, or too large once decoded
-    except (ValueError, TypeError, OSError, EOFError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"Cannot use {what}: {error}") from error
-
-
-def _open(source: str) -> PIL.Image.Image:
-    """The image of a path (in its own mode, upright), a URL or a base64 string (converted to RGB)."""
-    return PIL.ImageOps.exif_transpose(PIL.Image.open(source)) if os.path.isfile(source) else load_image(source)
-
-
-def _infer_format(shape: tuple[int, int, int]) -> ChannelDimension:
-    """Axis of an array's channels. Three or four channels rather than one: an image of one row is likelier."""
-    channels = {ChannelDimension.FIRST: shape[0], ChannelDimension.LAST: shape[2]}
-    likely = [key for key in channels if channels[key] in (3, 4)] or [key for key in channels if channels[key] == 1]
-    if len(likely) != 1:
-        raise ValueError(
-            f"got the shape {shape}, expected 1, 3 or 4 channels either first or last: say which with "
-            "input_data_format='channels_first' or 'channels_last'"
-        )
-    return likely[0]
-
-
-def _pil_to_array(image: PIL.Image.Image, do_convert_rgb: bool | None) -> np.ndarray:
-    """(H, W) or (H, W, C) pixels; 8-bit RGB(A) if converted, except for 16-bit, 32-bit and float images."""
-    image.load()  # NumPy would not say that the file is truncated
-    if image.mode == "F":
-        return np.asarray(image)
-    if image.mode.startswith("I"):
-        pixels = np.asarray(image)
-        # PIL has 16-bit pixels as 32-bit integers in some file formats
-        return pixels.astype(np.uint16) if pixels.size and 0 <= pixels.min() and 255 < pixels.max() < 2**16 else pixels
-    if do_convert_rgb:
-        has_alpha = "A" in image.getbands() or "transparency" in image.info
-        image = image.convert("RGBA" if has_alpha else "RGB")
-    return np.asarray(image)
-
-
-def _to_8_bits(image: np.ndarray, keep_floats: bool) -> np.ndarray:
-    """Checks the range of an image's values, and brings them to uint8, or to float32 if `keep_floats`."""
-    if image.dtype == np.uint8:
-        return image
-    if np.issubdtype(image.dtype, np.floating):
-        if not np.isfinite(image).all():
-            raise ValueError("got NaN or infinite pixels, expected finite ones")
-        if keep_floats:
-            return image.astype(np.float32)
-    elif not np.issubdtype(image.dtype, np.integer):
-        raise ValueError(f"got pixels of the type {image.dtype}, expected integers or floats")
-    if image.dtype == np.uint16:
-        return np.rint(image / 257).astype(np.uint8)
-
-    low, high = image.min(), image.max()
-    if low < 0 or high > 255:
-        raise ValueError(f"got pixels in {low}..{high}, expected 0..255")
-    if 0 < high <= 1 and np.issubdtype(image.dtype, np.floating):
-        raise ValueError(f"got floats in {low}..{high}, expected 0..255; for pixels in 0..1 pass do_rescale=False")
-    return np.rint(image).astype(np.uint8)
-
-
-def _lay_on_white(image: np.ndarray) -> np.ndarray:
-    """(4, H, W) RGBA laid on white: (3, H, W), of the same type."""
-    white = 255 if image.dtype == np.uint8 else 1
-    alpha = image[3:] / np.float32(white)
-    color = alpha * image[:3] + (1 - alpha) * white
-    return np.rint(color).astype(np.uint8) if image.dtype == np.uint8 else color.astype(image.dtype)
-
-
-def _to_labels(label_map, ignore_index: int) -> np.ndarray:
-    """A label map in any form, as (H, W) int64."""
-    if isinstance(label_map, str | os.PathLike):
-        label_map = PIL.Image.open(label_map)
-    if isinstance(label_map, torch.Tensor):
-        label_map = label_map.detach().cpu().numpy()
-    if isinstance(label_map, PIL.Image.Image):
-        label_map.load()  # NumPy would not say that the file is truncated
-    elif not isinstance(label_map, np.ndarray):
-        raise ValueError(f"got {_describe(label_map)}, expected a PIL image, an array or a tensor")
-    labels = np.asarray(label_map)
-    if labels.ndim != 2:
-        raise ValueError(f"got the shape {labels.shape}, expected one label per pixel, (H, W)")
-    if not np.issubdtype(labels.dtype, np.integer) and labels.dtype != bool:
-        raise ValueError(f"got values of the type {labels.dtype}, expected integers")
-    labels = labels.astype(np.int64)
-    if ((labels < 0) & (labels != ignore_index)).any() or (labels >= 2**31).any():
-        raise ValueError(
-            f"got labels in {labels.min()}..{labels.max()}, expected 0 or more (or ignore_index={ignore_index})"
-        )
-    return labels
-
-
-def _describe(value) -> str:
-    return f"{type(value).__name__} {value!r:.40}"
-
-
-def _size_of(image: "np.ndarray | torch.Tensor") -> tuple[int, int]:
-    return image.shape[-2], image.shape[-1]
-
-
-def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
-    """The (height, width) an image is resized to."""
-    if size.height and size.width:
-        return size.height, size.width
-    if not size.shortest_edge or size.shortest_edge < 0 or (size.longest_edge or 1) < 0:
-        raise ValueError(
-            f"Got size={dict(size)}, expected 'shortest_edge' and, optionally, 'longest_edge', or 'height' and "
-            "'width', all positive."
-        )
-    shortest = min(image_size)
-    sides = [size.shortest_edge if side == shortest else side * (size.shortest_edge / shortest) for side in image_size]
-    if size.longest_edge and max(sides) > size.longest_edge:
-        scale = size.longest_edge / max(sides)
-        sides = [side * scale for side in sides]
-    height, width = (max(1, int(side + 0.5)) for side in sides)
-    return height, width
-
-
-def padded_size_of(
-    image_sizes: list[tuple[int, int]], size_divisor: int | None, pad_size: SizeDict | None
-) -> tuple[int, int]:
-    """The (height, width) a batch is padded to: `pad_size`, or the largest sides, rounded up to the divisor."""
-    if pad_size is not None:
-        return cast(tuple[int, int], (pad_size.height, pad_size.width))
-    divisor = size_divisor or 1
-    height, width = (-(-max(sides) // divisor) * divisor for sides in zip(*image_sizes))
-    return height, width
-
-
-def _check_channels(image, image_mean, image_std, do_normalize: bool):
-    for name, value in (("image_mean", image_mean), ("image_std", image_std)):
-        if do_normalize and np.size(value) not in (1, image.shape[0]):
-            raise ValueError(
-                f"Got an image of {image.shape[0]} channels and {name} of {np.size(value)}: expected as many; "
-                "do_convert_rgb=True makes any image RGB."
-            )
 
 
 SANImageProcessorPil.register_for_auto_class()

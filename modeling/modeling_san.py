@@ -10,19 +10,26 @@ vision heads; Ca the side adapter's width, Hs x Ws its grid; n bias layers.
 import math
 import os
 from dataclasses import dataclass
-from typing import cast
+from typing import TypedDict, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
 from .configuration_san import SANConfig, check_carried_names
-from .loss_san import mask_classification_loss, split_semantic_map
+from .loss_san import (
+    accumulates_gradients,
+    classes_of_maps,
+    count_targets,
+    mask_classification_loss,
+    split_semantic_map,
+)
 from .side_adapter_san import AttentionBiasScaling, MaskDecoder, SideAdapter
 
 
@@ -46,6 +53,10 @@ class SANModelOutput(ModelOutput):
             Attention bias of each query before it is pooled to CLIP's grid.
         image_sizes (`torch.Tensor` of shape (B, 2), *optional*):
             The (height, width) before padding that came in, for post-processing.
+        padded_sizes (`torch.Tensor` of shape (B, 2)):
+            The (height, width) of the padded input, for post-processing.
+        patch_sizes (`torch.Tensor` of shape (B, 2)):
+            The (height, width) in pixels of the padded input that one pixel of the mask logits stands for.
         auxiliary_masks_queries_logits (`tuple` of `torch.Tensor`, *optional*, with `output_auxiliary_logits`):
             Mask logits of the earlier supervised layers, earliest first.
         auxiliary_mask_embeds (`tuple` of `torch.Tensor`, *optional*, with `output_auxiliary_logits`):
@@ -66,6 +77,8 @@ class SANModelOutput(ModelOutput):
     mask_embeds: torch.Tensor | None = None
     attention_bias: torch.Tensor | None = None
     image_sizes: torch.Tensor | None = None
+    padded_sizes: torch.Tensor | None = None
+    patch_sizes: torch.Tensor | None = None
     auxiliary_masks_queries_logits: tuple[torch.Tensor, ...] | None = None
     auxiliary_mask_embeds: tuple[torch.Tensor, ...] | None = None
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
@@ -106,11 +119,44 @@ class SANForSemanticSegmentationOutput(ModelOutput):
     class_embeds: torch.Tensor | None = None
     attention_bias: torch.Tensor | None = None
     image_sizes: torch.Tensor | None = None
+    padded_sizes: torch.Tensor | None = None
+    patch_sizes: torch.Tensor | None = None
     auxiliary_logits: list[dict[str, torch.Tensor]] | None = None
     hidden_states: tuple[torch.Tensor | None, ...] | None = None
     clip_feature_maps: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     recognition_attentions: tuple[torch.Tensor, ...] | None = None
+
+    def __getitem__(self, key):
+        if key == "logits":  # what `Trainer`'s label smoothing asks every model for
+            raise ValueError(
+                "SAN has no logits of classes for each pixel, which label smoothing needs: leave "
+                "label_smoothing_factor at 0 in TrainingArguments. Its logits are class_queries_logits and "
+                "masks_queries_logits."
+            )
+        return super().__getitem__(key)
+
+
+class SANTargets(TypedDict, total=False):
+    """
+    Targets of the training loss beside `labels`.
+
+    Not in `forward`'s own list of arguments: `Trainer` takes every argument with "label" in its name for one that each
+    batch has, and would leave out loss and metrics without a word.
+
+    Args:
+        mask_labels (`list` of B `torch.Tensor` of shape (M_i, H, W), *optional*):
+            Instead of `labels`, binary masks of each image, of any size, over the whole padded image.
+        class_labels (`list` of B `torch.Tensor` of shape (M_i,), *optional*):
+            Their classes in 0..C - 1.
+        target_counts (`torch.Tensor` of shape (4,), *optional*):
+            Where gradients are accumulated, the sum of [`~SANForSemanticSegmentation.count_targets`] over all batches
+            of the step, of all processes. The mean of the batches' losses is then that of one large batch.
+    """
+
+    mask_labels: list[torch.Tensor] | None
+    class_labels: list[torch.Tensor] | None
+    target_counts: torch.Tensor | None
 
 
 def select_hidden_states(
@@ -127,6 +173,12 @@ def select_hidden_states(
     return tuple(state if i in kept else None for i, state in enumerate(hidden_states))
 
 
+def sizes_of_batch(pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, 2) int64: a (height, width) that all images of the batch share."""
+    sides = [torch.full((len(pixel_values), 1), side, device=pixel_values.device) for side in size]
+    return torch.cat(sides, dim=1)
+
+
 class SANPreTrainedModel(PreTrainedModel):
     """Initialisation, loading and freezing shared by the SAN models."""
 
@@ -140,6 +192,8 @@ class SANPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    # `forward` takes further targets by name, not the count of items that `Trainer` would have the loss divided by.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: SANConfig, *args, **kwargs):
         config.validate()  # its fields may have been set one by one
@@ -253,6 +307,16 @@ class SANPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.base_model.get_submodule("vision_model").embeddings = value
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """
+        Raises:
+            ValueError: always. The text tower has the tokens that CLIP was trained with.
+        """
+        raise ValueError(
+            "SAN's tokens are those of its CLIP, whose text tower is trained: they can't be resized. Class names need "
+            "no new tokens; use the tokenizer that belongs to the checkpoint."
+        )
 
 
 class SANModel(SANPreTrainedModel):
@@ -390,6 +454,8 @@ class SANModel(SANPreTrainedModel):
             mask_embeds=mask_embeds[-1],
             attention_bias=attention_biases[-1],
             image_sizes=image_sizes,
+            padded_sizes=sizes_of_batch(pixel_values, (pixel_values.shape[-2], pixel_values.shape[-1])),
+            patch_sizes=sizes_of_batch(pixel_values, (config.patch_size, config.patch_size)),
             auxiliary_masks_queries_logits=masks_queries_logits[:-1] if output_auxiliary_logits else None,
             auxiliary_mask_embeds=mask_embeds[:-1] if output_auxiliary_logits else None,
             hidden_states=select_hidden_states(hidden_states, output_hidden_states),
@@ -596,6 +662,51 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         """
         return self.logit_scale.exp() * mask_embeds @ classifier.T
 
+    def count_targets(
+        self, labels: torch.Tensor | None = None, class_labels: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """
+        What the losses of a batch are divided by. Where the gradients of several batches make one step, sum it over
+        them and over all processes, and give each `forward` the sum as `target_counts`:
+
+            counts = sum(model.count_targets(batch["labels"]) for batch in batches)
+            for batch in batches:
+                (model(**batch, target_counts=counts).loss / len(batches)).backward()
+
+        Args:
+            labels: the batch's (B, H, W) semantic maps,
+            class_labels: or the classes (M_i,) of each image's masks.
+
+        Returns:
+            (4,) int64, on the CPU.
+        """
+        if (labels is None) == (class_labels is None):
+            raise ValueError("count_targets needs either labels or class_labels (and not both).")
+        if labels is not None:
+            class_labels = classes_of_maps(labels, self.config.semantic_loss_ignore_index)
+        return count_targets(cast(list[torch.Tensor], class_labels), self.config.num_queries)
+
+    def _check_targets(
+        self, labels: torch.Tensor | None, targets: SANTargets
+    ) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None, torch.Tensor | None]:
+        """`mask_labels`, `class_labels` and `target_counts`."""
+        if unknown := set(targets) - {"mask_labels", "class_labels", "target_counts"}:
+            raise TypeError(f"forward() got an unexpected keyword argument {sorted(unknown)[0]!r}.")
+        mask_labels, class_labels = targets.get("mask_labels"), targets.get("class_labels")
+        target_counts = targets.get("target_counts")
+        if labels is not None and (mask_labels is not None or class_labels is not None):
+            raise ValueError("Got both labels and mask_labels/class_labels. Pass one or the other.")
+        if (mask_labels is None) != (class_labels is None):
+            raise ValueError("mask_labels and class_labels go together; got only one of them.")
+        learns = self.training and torch.is_grad_enabled() and (labels is not None or class_labels is not None)
+        if learns and target_counts is None and not torch.compiler.is_compiling() and accumulates_gradients():
+            raise ValueError(
+                "Gradients are accumulated over several batches, and the loss has to be divided by what all of them "
+                "show: use san_hf.training.SANTrainer in place of Trainer, or pass target_counts (see "
+                "SANForSemanticSegmentation.count_targets) in a loop of your own; or one larger batch."
+            )
+        return mask_labels, class_labels, target_counts
+
     @can_return_tuple
     def forward(
         self,
@@ -603,14 +714,13 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         class_embeds: torch.Tensor | None = None,
-        mask_labels: list[torch.Tensor] | None = None,
-        class_labels: list[torch.Tensor] | None = None,
         labels: torch.Tensor | None = None,
         image_sizes: torch.Tensor | None = None,
         output_auxiliary_logits: bool | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         output_clip_feature_maps: bool | None = None,
+        **targets: Unpack[SANTargets],
     ) -> SANForSemanticSegmentationOutput:
         """
         The classes come as `input_ids`, as `class_embeds`, or not at all if the model carries a vocabulary. They are
@@ -625,12 +735,8 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
                 See `get_class_embeds`.
             class_embeds (`torch.Tensor` of shape (C, D), *optional*):
                 Precomputed class embeddings, without the no-object row, which the model appends.
-            mask_labels (`list` of B `torch.Tensor` of shape (M_i, H, W), *optional*):
-                Binary masks of each image, of any size, over the whole padded image.
-            class_labels (`list` of B `torch.Tensor` of shape (M_i,), *optional*):
-                Their classes in 0..C - 1.
             labels (`torch.Tensor` of shape (B, H, W), *optional*):
-                Instead of masks, a semantic map of class indices; `config.semantic_loss_ignore_index` where unlabelled.
+                For the loss, a semantic map of class indices; `config.semantic_loss_ignore_index` where unlabelled.
             image_sizes (`torch.Tensor` of shape (B, 2), *optional*):
                 (height, width) of each image before padding. Not used here: handed through for post-processing.
             output_auxiliary_logits (`bool`, *optional*):
@@ -641,14 +747,14 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
                 Whether to return attention weights (computed by the eager implementation).
             output_clip_feature_maps (`bool`, *optional*):
                 Whether to return CLIP's feature maps.
+            **targets ([`SANTargets`]):
+                `mask_labels` and `class_labels` instead of `labels`; `target_counts` where gradients are accumulated.
 
         Raises:
-            ValueError: no classes, or a shape or label that doesn't fit.
+            ValueError: no classes, or a shape or label that doesn't fit; or gradients that are accumulated without
+                `target_counts`.
         """
-        if labels is not None and (mask_labels is not None or class_labels is not None):
-            raise ValueError("Got both labels and mask_labels/class_labels. Pass one or the other.")
-        if (mask_labels is None) != (class_labels is None):
-            raise ValueError("mask_labels and class_labels go together; got only one of them.")
+        mask_labels, class_labels, target_counts = self._check_targets(labels, targets)
 
         # Masks (B, Q, Hs, Ws) and what CLIP recognises in them (B, Q, D).
         outputs = self.model(
@@ -671,13 +777,14 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
 
         loss, loss_dict = None, None
         if labels is not None:
+            config = self.config
             mask_labels, class_labels = split_semantic_map(
-                labels, classifier.shape[0] - 1, self.config.semantic_loss_ignore_index
+                labels, classifier.shape[0] - 1, config.semantic_loss_ignore_index, config.ignore_index_is_class
             )
         if mask_labels is not None and class_labels is not None:
             predictions = [(layer["masks_queries_logits"], layer["class_queries_logits"]) for layer in auxiliary]
             predictions.append((outputs.masks_queries_logits, class_queries_logits))
-            loss_dict = mask_classification_loss(predictions, mask_labels, class_labels, self.config)
+            loss_dict = mask_classification_loss(predictions, mask_labels, class_labels, self.config, target_counts)
             loss = cast(torch.Tensor, sum(loss_dict.values()))
 
         return SANForSemanticSegmentationOutput(
@@ -689,6 +796,8 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
             class_embeds=classifier,
             attention_bias=outputs.attention_bias,
             image_sizes=image_sizes,
+            padded_sizes=outputs.padded_sizes,
+            patch_sizes=outputs.patch_sizes,
             auxiliary_logits=auxiliary if output_auxiliary_logits else None,
             hidden_states=outputs.hidden_states,
             clip_feature_maps=outputs.clip_feature_maps,

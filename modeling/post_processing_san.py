@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 
+from .image_sizes_san import MAX_TARGET_PIXELS, check_area
+
 
 # Square tiles of this side, and at most so many scores at a time. A tile is small enough that few classes can win
 # anywhere in it, large enough to keep the processor busy, and no power of two, which would have the masks of all
@@ -43,7 +45,7 @@ class MaskPrediction:
         cls,
         mask_logits: torch.Tensor,
         class_logits: torch.Tensor,
-        padded_size: tuple[int, int],
+        patch_size: tuple[int, int],
         image_size: tuple[int, int],
         target_size: tuple[int, int],
         mirrored: bool = False,
@@ -52,8 +54,8 @@ class MaskPrediction:
         Args:
             mask_logits: (Q, h, w), over the whole padded input.
             class_logits: (Q, C + 1), no-object last.
-            padded_size: of the model's input.
-            image_size: of the image inside it, at the top left.
+            patch_size: of the model's input that one pixel of the masks stands for.
+            image_size: of the image inside that input, at the top left.
             target_size: of the label map.
             mirrored: whether the input was mirrored left to right; the label map is not.
 
@@ -69,22 +71,25 @@ class MaskPrediction:
                 )
         height_weights, width_weights = (
             interpolation_weights(*sides, device=mask_logits.device)
-            for sides in zip(mask_logits.shape[-2:], padded_size, image_size, target_size)
+            for sides in zip(mask_logits.shape[-2:], patch_size, image_size, target_size)
         )
         # What is at the left of a mirrored view belongs to the right.
         width_weights = width_weights.flip(0) if mirrored else width_weights
         return cls(mask_logits, class_logits.softmax(-1)[:, :-1].T, height_weights, width_weights)
 
 
-def interpolation_weights(cells: int, padded: int, cropped: int, target: int, device: torch.device) -> torch.Tensor:
+def interpolation_weights(cells: int, patch: int, cropped: int, target: int, device: torch.device) -> torch.Tensor:
     """
     (target, cells) float32: what each target pixel takes from each mask pixel along one axis.
 
     Bilinear resizing treats the axes apart and is linear on each, as is cropping. The resize to the padded input,
     the crop and the resize to the target are thus one matrix per axis, whose columns are what becomes of a single 1.
+    Where the input isn't a whole number of patches, its last pixels are in none, and take what is beside them.
     """
-    unit = torch.eye(cells, device=device)[None]
-    unit = F.interpolate(unit, size=padded, mode="linear", align_corners=False)[..., :cropped]
+    unit = torch.eye(cells, dtype=torch.float32, device=device)[None]
+    unit = F.interpolate(unit, size=cells * patch, mode="linear", align_corners=False)[..., :cropped]
+    if unit.shape[-1] < cropped:
+        unit = F.pad(unit, (0, cropped - unit.shape[-1]), mode="replicate")
     return F.interpolate(unit, size=target, mode="linear", align_corners=False)[0].T
 
 
@@ -219,13 +224,14 @@ class SemanticSegmentationPostProcessing:
 
         Args:
             outputs (`SANForSemanticSegmentationOutput` or alike):
-                With `class_queries_logits` (B, Q, C + 1), `masks_queries_logits` (B, Q, h, w), and `image_sizes`
-                (B, 2), the (height, width) of each image inside the padded input. Where `image_sizes` is missing or
-                `None`, it is what this processor's own `size` makes of `target_sizes`; if that does not fit the masks'
-                shape, the masks are taken to cover the image without padding.
+                The model's outputs as they are: with `class_queries_logits` (B, Q, C + 1), `masks_queries_logits`
+                (B, Q, h, w), `padded_sizes` and `patch_sizes` (B, 2), the (height, width) of the padded input and of
+                its patches, and `image_sizes` (B, 2), that of each image inside the padded input. Where `image_sizes`
+                is `None`, as the model wasn't given any, it is what this processor's own `size` makes of
+                `target_sizes`, which has to fit the padded input.
             target_sizes (`list[tuple[int, int]]` or `torch.Tensor` of shape (B, 2), *optional*):
                 (height, width) of each label map, usually the original image's. Without, label maps have the size
-                of the model's input (of `image_sizes`, or of the masks if that is missing too).
+                of the model's input (of `image_sizes`, or of all of the padded input if that is missing too).
             return_segmentation_scores (`bool`, *optional*, defaults to `False`):
                 Whether to return the scores as well. They take 4 * C * H * W bytes per image.
             num_labels (`int`, *optional*):
@@ -241,23 +247,29 @@ class SemanticSegmentationPostProcessing:
             1; with `num_labels`, (`num_labels` + 1, H, W), the last being the best of the others.
 
         Raises:
-            ValueError: for sizes that do not fit the outputs, and for logits that are not finite.
+            ValueError: for outputs without sizes, sizes that do not fit them, and logits that are not finite.
         """
-        class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
+        class_logits, mask_logits = (
+            getattr(outputs, name, None) for name in ("class_queries_logits", "masks_queries_logits")
+        )
+        if class_logits is None or mask_logits is None:
+            raise ValueError(
+                f"Got {type(outputs).__name__} as outputs, expected the model's, with class_queries_logits and "
+                "masks_queries_logits; target_sizes come after them."
+            )
         batch_size, num_classes = len(class_logits), class_logits.shape[-1] - 1
         if num_labels is not None and not 1 <= num_labels <= num_classes:
             raise ValueError(f"Got num_labels={num_labels}, expected 1..{num_classes}, the outputs' number of classes.")
-        image_sizes = check_sizes(getattr(outputs, "image_sizes", None), batch_size, "image_sizes")
         target_sizes = check_sizes(target_sizes, batch_size, "target_sizes")
-        mask_size = tuple(mask_logits.shape[-2:])
-        sizes_in_model = self._sizes_in_model(image_sizes, target_sizes, mask_size)
-        image_sizes, padded_size = sizes_in_model or ([mask_size] * batch_size, mask_size)
+        for target_size in target_sizes or ():
+            check_area(target_size, "a label map's size in target_sizes,", MAX_TARGET_PIXELS)
+        image_sizes, patch_sizes = self._sizes_in_model(outputs, target_sizes, batch_size, mask_logits.shape[-2:])
 
         results: list[Any] = []
         for index, (image_size, target_size) in enumerate(zip(image_sizes, target_sizes or image_sizes)):
             try:
                 prediction = MaskPrediction.from_logits(
-                    mask_logits[index], class_logits[index], padded_size, image_size, target_size
+                    mask_logits[index], class_logits[index], patch_sizes[index], image_size, target_size
                 )
             except ValueError as error:
                 raise ValueError(f"Image {index}: {error}") from error
@@ -270,25 +282,40 @@ class SemanticSegmentationPostProcessing:
         return results
 
     def _sizes_in_model(
-        self,
-        image_sizes: list[tuple[int, int]] | None,
-        target_sizes: list[tuple[int, int]] | None,
-        mask_size: tuple[int, int],
-    ) -> tuple[list[tuple[int, int]], tuple[int, int]] | None:
-        """Each image's size inside the padded input, and the size of that input; None where they are unknown."""
-        derived = image_sizes is None
-        if derived and target_sizes is not None:
-            image_sizes = self.resized_sizes(target_sizes)
-        if image_sizes is not None:
-            padded_size = self.padded_size(image_sizes)
-            # The masks have one pixel per patch: some patch size p must give side // p on both axes.
-            smallest = max(side / (cells + 1) for side, cells in zip(padded_size, mask_size))
-            largest = min(side / cells for side, cells in zip(padded_size, mask_size))
-            if smallest < largest:
-                return image_sizes, padded_size
-            if not derived:
+        self, outputs, target_sizes: list[tuple[int, int]] | None, batch_size: int, mask_size: Sequence[int]
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Each image's size inside the padded input, and the size of that input's patches."""
+        names = ("padded_sizes", "patch_sizes", "image_sizes")
+        sizes = {name: check_sizes(getattr(outputs, name, None), batch_size, name) for name in names}
+        padded_sizes, patch_sizes, image_sizes = sizes.values()
+        if padded_sizes is None or patch_sizes is None:
+            lacking = " and ".join(name for name in names[:2] if sizes[name] is None)
+            raise ValueError(
+                f"Got outputs without {lacking}: where an image lies in masks of {tuple(mask_size)} can't be told. "
+                "Expected the model's outputs as they are; outputs made by hand need padded_sizes, the (height, width) "
+                "of pixel_values, and patch_sizes, of the side adapter's patches, for each image."
+            )
+        for padded_size, patch_size in zip(padded_sizes, patch_sizes):
+            if any(side // patch != cells for side, patch, cells in zip(padded_size, patch_size, mask_size)):
                 raise ValueError(
-                    f"outputs.image_sizes {image_sizes} make a padded input of {padded_size}, which does not fit masks "
-                    f"of {mask_size}: use the outputs of one batch as they are, and the processor that prepared it."
+                    f"A padded input of {padded_size} in patches of {patch_size} does not fit masks of "
+                    f"{tuple(mask_size)}: use the outputs of one batch as they are."
                 )
-        return None
+        if image_sizes is None and target_sizes is None:
+            image_sizes = padded_sizes
+        elif image_sizes is None and target_sizes is not None:
+            image_sizes = self.resized_sizes(target_sizes)
+            if any(padded_size != self.padded_size(image_sizes) for padded_size in padded_sizes):
+                raise ValueError(
+                    f"Got outputs without image_sizes, and a padded input of {padded_sizes[0]}, which is not what this "
+                    f"processor makes of images of {target_sizes}. Pass the processor's image_sizes to the model, or "
+                    "set outputs.image_sizes to each image's (height, width) inside the padded input."
+                )
+        sizes_in_model = list(image_sizes or ())
+        for image_size, padded_size in zip(sizes_in_model, padded_sizes):
+            if image_size[0] > padded_size[0] or image_size[1] > padded_size[1]:
+                raise ValueError(
+                    f"Got an image of {image_size} in outputs.image_sizes, larger than the padded input of "
+                    f"{padded_size}: use the outputs of one batch as they are."
+                )
+        return sizes_in_model, patch_sizes

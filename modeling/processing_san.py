@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.utils import logging
 
+from .image_input_san import check_ignore_index
 from .prompts_san import split_templates
 from .text_san import check_class_names, clean_text, may_be_misread
 
@@ -100,6 +102,7 @@ class SANProcessor(ProcessorMixin):
             raise ValueError("Got neither images nor text, expected at least one of them.")
         if images is None and segmentation_maps is not None:
             raise ValueError("Got segmentation maps without images, expected an image for each.")
+        _check_order(images, text)
         if text is None and expansion is not None:
             raise ValueError("Got an expansion without text, expected the class names it is to be added to.")
         merged = self._merge_kwargs(
@@ -112,12 +115,19 @@ class SANProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         if text is not None:
             names = check_class_names(text, "text")
+            if segmentation_maps is not None:
+                options = merged["images_kwargs"]
+                ignore_index, meant = (
+                    options.get(name, getattr(self.image_processor, name))
+                    for name in ("ignore_index", "ignore_index_is_class")
+                )
+                if not meant:
+                    check_ignore_index(ignore_index, len(names), "ignore_index")
             every_name = names if expansion is None else self.expand(names, expansion)
             data |= self._tokenize(every_name, prompt_templates, merged["text_kwargs"])
         if images is not None:
             image_inputs = self.image_processor(images, segmentation_maps, **merged["images_kwargs"])
             if text is not None and segmentation_maps is not None:
-                ignore_index = merged["images_kwargs"].get("ignore_index", self.image_processor.ignore_index)
                 _check_labels(image_inputs["labels"], names, ignore_index)
             data |= image_inputs
         return BatchFeature(data, tensor_type=return_tensors)
@@ -173,6 +183,22 @@ def _check_apart(token_ids: np.ndarray, names: list[str]):
                 f"Got the class names {names[other]!r:.80} and {names[index]!r:.80}, which have the same tokens: leave "
                 "one out, or say what sets them apart in the first few words."
             )
+
+
+def _check_order(images, text) -> None:
+    """Refuses names and images in each other's place, which the readers of either would refuse in other words."""
+    is_image = isinstance(text, PIL.Image.Image) or getattr(text, "ndim", 0) > 1
+    if isinstance(text, list | tuple) and text:
+        is_image = isinstance(text[0], PIL.Image.Image) or getattr(text[0], "ndim", 0) > 1
+    named = [images] if isinstance(images, str) else images
+    is_names = isinstance(named, list | tuple) and bool(named) and all(isinstance(name, str) for name in named)
+    if is_image and (images is None or is_names):
+        raise ValueError("Got an image as text: the image comes first, as processor(images=image, text=['sky', ...]).")
+    if is_image:
+        raise ValueError(
+            "Got an image or a label map as text, expected class names: label maps go to segmentation_maps, as "
+            "processor(images=image, text=['sky', ...], segmentation_maps=label_map)."
+        )
 
 
 def _check_labels(label_maps, names: list[str], ignore_index: int):

@@ -5,9 +5,9 @@
 
 This package's own training, with recipes and exact resuming, is `san-hf train`. What is particular to SAN here:
 - the model gets its vocabulary before training, so that it needs images and label maps only;
-- `Trainer` must leave the examples' columns alone (`remove_unused_columns=False`), be told what the labels are
-  (`label_names`, for the loss in evaluation), and compute metrics batch by batch (`batch_eval_metrics=True`), since
-  the predictions of a whole data set don't fit into memory;
+- `SANTrainer` is `Trainer` with what SAN needs: accumulated gradients are those of one large batch, the examples'
+  columns are left alone, and metrics are computed batch by batch, since the predictions of a whole data set don't fit
+  into memory;
 - norms and embeddings are not weighed down, and the learning rate falls polynomially.
 """
 
@@ -17,13 +17,13 @@ import os
 import sys
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from san_hf.data import DataError, load_segmentation_dataset
 from san_hf.hub import load_model
 from san_hf.training import SegmentationCollator, TrainingTransform, parameter_groups, polynomial_schedule
-from san_hf.training.hf_trainer import EvaluationExamples, TrainerMetrics, TrainingExamples
+from san_hf.training.hf_trainer import EvaluationExamples, SANTrainer, TrainerMetrics, TrainingExamples
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -78,9 +78,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         report_to=options.report_to,
         dataloader_num_workers=options.num_workers,
         train_sampling_strategy="sequential",  # TrainingExamples shuffles
-        remove_unused_columns=False,
-        label_names=["labels"],
-        batch_eval_metrics=True,
         eval_use_gather_object=True,  # images differ in size
     )
     set_seed(options.seed)
@@ -109,7 +106,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     groups = parameter_groups(model, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
     metrics = TrainerMetrics(processor, len(names), ignore_index)
-    trainer = Trainer(
+    trainer = SANTrainer(
         model,
         arguments,
         data_collator=SegmentationCollator(processor, ignore_index),
@@ -122,7 +119,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         eval_dataset=EvaluationExamples(eval_data, processor),
         optimizers=(optimizer, polynomial_schedule(optimizer, options.steps)),
         compute_metrics=metrics,
-        preprocess_logits_for_metrics=metrics.label_maps,
     )
     resume = options.resume and os.path.isdir(options.output)
     try:

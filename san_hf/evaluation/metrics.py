@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
+from san_hf.modeling.image_input_san import check_ignore_index
+
 
 # A boundary is this share of the image's diagonal wide (Cheng et al., "Boundary IoU", CVPR 2021).
 BOUNDARY_WIDTH = 0.02
@@ -65,17 +67,19 @@ class ConfusionMatrixMetrics:
 
     Args:
         num_labels: number of classes C; labels are 0..C-1.
-        ignore_index: the value of unlabelled pixels, e.g. 255 or 65535; none of the labels.
-        boundary: whether to count boundaries, too. They are taken as the original evaluation does, so that the metrics
-            can be compared with its own: on the map of integers, not class by class. A map's boundary is the map
-            minus its erosion (the least value in a square of 2 d + 1 pixels, d = max(1, round(0.02 * the diagonal)),
-            with zeros outside the image), with unlabelled pixels as label C; what is compared are these differences.
-            So a pixel deep inside any region counts for class 0, and a class that occurs nowhere may get a value.
-            The original's 8-bit maps allow 254 classes; here any number goes.
+        ignore_index: the value of unlabelled pixels, e.g. 255, 65535 or -100; none of the labels.
+        boundary: whether to count boundaries, too, by the original evaluation's rule: on the map of integers, not class
+            by class. A map's boundary is the map minus its erosion (the least value in a square of 2 d + 1 pixels,
+            d = max(1, round(0.02 * the diagonal)), with zeros outside the image), with unlabelled pixels as label C;
+            what is compared are these differences. So a pixel deep inside any region counts for class 0, and a class
+            that occurs nowhere may get a value. The original's results can't be compared with these: it counts in 8
+            bits, which overflow beyond 15 classes, so that nearly all boundary results in its logs are 0; and it has no
+            boundaries for more than 254 classes.
         device: where the counts are kept and the maps are compared.
+        ignore_index_is_class: whether `ignore_index` is meant to be one of the labels, whose pixels then don't count.
 
     Raises:
-        ValueError: no labels, or an `ignore_index` that is a label.
+        ValueError: no labels, or an `ignore_index` that is a label, which is not said to be meant.
     """
 
     def __init__(
@@ -84,14 +88,12 @@ class ConfusionMatrixMetrics:
         ignore_index: int,
         boundary: bool = False,
         device: str | torch.device = "cpu",
+        ignore_index_is_class: bool = False,
     ) -> None:
         if num_labels < 1:
             raise ValueError(f"num_labels must be at least 1, got {num_labels}.")
-        if 0 <= ignore_index < num_labels:
-            raise ValueError(
-                f"ignore_index {ignore_index} is also one of the labels 0..{num_labels - 1}. Mark unlabelled pixels "
-                "by another value, e.g. 65535."
-            )
+        if not ignore_index_is_class:
+            check_ignore_index(ignore_index, num_labels, "ignore_index")
         self.num_labels = num_labels
         self.ignore_index = ignore_index
         self.boundary = boundary
@@ -118,9 +120,9 @@ class ConfusionMatrixMetrics:
         Counts one image.
 
         Args:
-            prediction: (H, W) integers from 0; C and above stand for "none of these labels": always wrong where there
-                is a label, and no prediction of any class.
-            label_map: (H, W) integers, 0..C-1 or `ignore_index`.
+            prediction: (H, W) or (H, W, 1) integers from 0; C and above stand for "none of these labels": always wrong
+                where there is a label, and no prediction of any class.
+            label_map: (H, W) or (H, W, 1) integers, 0..C-1 or `ignore_index`.
 
         Raises:
             ValueError: maps of different or wrong shapes, no integers, or a value that can't be; nothing is counted.
@@ -150,19 +152,31 @@ class ConfusionMatrixMetrics:
     def _label_map(self, values: torch.Tensor | np.ndarray, what: str) -> torch.Tensor:
         if not isinstance(values, torch.Tensor):
             values = np.asarray(values)
-            # Torch can do little with unsigned integers beyond 8 bits.
-            values = torch.from_numpy(values.astype(np.int64) if values.dtype.kind == "u" else values)
+            if values.dtype.kind not in "iu":
+                raise ValueError(f"{what} must hold integers, got {values.dtype}.")
+            # Torch takes this machine's byte order only, and can do little with unsigned integers beyond 8 bits.
+            values = values.astype(np.int64 if values.dtype.kind == "u" else values.dtype.newbyteorder("="), copy=False)
+            values = torch.from_numpy(values)
+        if values.dim() == 3 and values.shape[2] == 1:
+            values = values[..., 0]
         if values.dim() != 2 or not values.numel():
             raise ValueError(f"{what} must be of shape (height, width), got {tuple(values.shape)}.")
         if values.dtype.is_floating_point or values.dtype.is_complex or values.dtype == torch.bool:
             raise ValueError(f"{what} must hold integers, got {values.dtype}.")
-        # Half the memory of int64, and all that is computed from them fits.
+        # Half the memory of int64, and all that is computed from them fits; what doesn't fit stays as large as it can.
+        if values.dtype == torch.int64:
+            values = values.clamp(-(2**31), 2**31 - 1)
         return values.to(self.device, torch.int32)
 
     def _count(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Counts of each pair of values 0..C, (C + 1, C + 1)."""
         size = self.num_labels + 1
         return torch.bincount((rows * size + columns).flatten(), minlength=size * size).view(size, size)
+
+    def new(self) -> "ConfusionMatrixMetrics":
+        """Counts of the same settings that begin at zero."""
+        # Whether an ignore index is meant was settled when this one was made.
+        return ConfusionMatrixMetrics(self.num_labels, self.ignore_index, self.boundary, self.device, True)
 
     def merge(self, other: "ConfusionMatrixMetrics") -> None:
         """Adds what another one counted.

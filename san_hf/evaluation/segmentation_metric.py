@@ -40,7 +40,7 @@ class SegmentationMetric(evaluate.Metric):
     a confusion matrix, and writes nothing.
 
     Args:
-        num_labels, ignore_index, boundary, device: see [`ConfusionMatrixMetrics`].
+        num_labels, ignore_index, boundary, device, ignore_index_is_class: see [`ConfusionMatrixMetrics`].
         class_names: one for each label; "0", "1", ... by default.
         **kwargs: of `evaluate.Metric`.
 
@@ -59,6 +59,7 @@ class SegmentationMetric(evaluate.Metric):
         class_names: Sequence[str] | None = None,
         boundary: bool = False,
         device: str | torch.device = "cpu",
+        ignore_index_is_class: bool = False,
         **kwargs,
     ) -> None:
         if kwargs.get("num_process", 1) != 1:
@@ -69,7 +70,7 @@ class SegmentationMetric(evaluate.Metric):
         if class_names is not None and len(class_names) != num_labels:
             raise ValueError(f"Got {len(class_names)} class names for {num_labels} labels.")
         self.class_names = class_names
-        self.counts = ConfusionMatrixMetrics(num_labels, ignore_index, boundary, device)
+        self.counts = ConfusionMatrixMetrics(num_labels, ignore_index, boundary, device, ignore_index_is_class)
         super().__init__(**kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -116,7 +117,7 @@ class SegmentationMetric(evaluate.Metric):
         if len(predictions) != len(references):
             raise ValueError(f"Got {len(predictions)} predictions for {len(references)} references.")
         counts = self.counts
-        batch = ConfusionMatrixMetrics(counts.num_labels, counts.ignore_index, counts.boundary, counts.device)
+        batch = counts.new()
         for index, (prediction, reference) in enumerate(zip(predictions, references)):
             try:
                 batch.update(prediction, reference)

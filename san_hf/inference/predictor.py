@@ -52,14 +52,14 @@ class EncodedView:
         mask_logits: (Q, h, w), over the whole padded input.
         mask_embeds: (Q, D), L2-normalised, in CLIP's joint embedding space.
         image_size: (height, width) of the image inside the padded input.
-        padded_size: (height, width) of that input.
+        patch_size: (height, width) of that input's patches.
         mirrored: whether the view was mirrored, left to right.
     """
 
     mask_logits: torch.Tensor
     mask_embeds: torch.Tensor
     image_size: tuple[int, int]
-    padded_size: tuple[int, int]
+    patch_size: tuple[int, int]
     mirrored: bool
 
 
@@ -184,7 +184,7 @@ class Predictor:
                     MaskPrediction.from_logits(
                         view.mask_logits,
                         vocabulary.merge_synonyms(logits),
-                        view.padded_size,
+                        view.patch_size,
                         view.image_size,
                         image.target_size,
                         view.mirrored,
@@ -223,13 +223,14 @@ class Predictor:
                 mask_logits=mask_logits,
                 mask_embeds=mask_embeds,
                 image_size=tuple(image_size),
-                padded_size=(pixel_values.shape[-2], pixel_values.shape[-1]),
+                patch_size=tuple(patch_size),
                 mirrored=mirrored,
             )
-            for mask_logits, mask_embeds, image_size in zip(
+            for mask_logits, mask_embeds, patch_size, image_size in zip(
                 # Optional only as every field of an output is.
                 outputs.masks_queries_logits,  # type: ignore[arg-type]
                 outputs.mask_embeds,  # type: ignore[arg-type]
+                outputs.patch_sizes.tolist(),  # type: ignore[union-attr]
                 image_sizes.tolist(),
             )
         ]

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from transformers.image_utils import SizeDict
 
-from san_hf.modeling.image_processing_san import resized_size
+from san_hf.modeling.image_sizes_san import MAX_INPUT_PIXELS, check_area, resized_size, whole_number
 
 
 # Grey, which is close to zero once normalised.
@@ -87,8 +87,8 @@ class TrainingTransform:
         flip: bool = True,
         ignore_index: int = 255,
     ):
-        if crop_size < 1 or longest_edge < 1:
-            raise ValueError(f"Got crop_size={crop_size} and longest_edge={longest_edge}, expected at least 1 pixel.")
+        crop_size, longest_edge = whole_number(crop_size, "crop_size"), whole_number(longest_edge, "longest_edge")
+        check_area((crop_size, crop_size), "crop_size, which makes an image of", MAX_INPUT_PIXELS)
         if not len(scales) or min(scales) <= 0:
             raise ValueError(f"Got scales={scales}, expected one or more factors above 0, such as 1.0.")
         self.crop_size = crop_size
@@ -114,6 +114,11 @@ class TrainingTransform:
         Raises:
             ValueError: the image is not RGB, or the label map is not of its size.
         """
+        if not isinstance(image, Image.Image) or not isinstance(label_map, np.ndarray):
+            raise ValueError(
+                f"Got {type(image).__name__} and {type(label_map).__name__}, expected a PIL image and an array, the "
+                "image first."
+            )
         if image.mode != "RGB" or label_map.shape != image.size[::-1]:
             raise ValueError(
                 f"Got an image of mode {image.mode} and (height, width) {image.size[::-1]} with a label map of shape "

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from san_hf.modeling import SANImageProcessor, SANProcessor
@@ -23,10 +22,11 @@ class SegmentationCollator:
         self.image_processor: Any = getattr(processor, "image_processor", processor)
         self.ignore_index = ignore_index
 
-    def __call__(self, examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Any]) -> dict[str, torch.Tensor]:
         """
         Args:
-            examples: B dictionaries with `image`, (H, W, 3) uint8 RGB, and `label_map`, (H, W) int32.
+            examples: B dictionaries with `image`, (H, W, 3) uint8 RGB, and `label_map`, (H, W) int32, as
+                [`TrainingExamples`] has them; or pairs of these, as [`TrainingTransform`] gives them.
 
         Returns:
             `pixel_values`, (B, 3, Hp, Wp) float32, and `labels`, (B, Hp, Wp) int64.
@@ -34,12 +34,29 @@ class SegmentationCollator:
         Raises:
             ValueError: an image or label map is not of that form; the message says which of the batch.
         """
+        pairs = [self._image_and_label_map(example, index) for index, example in enumerate(examples)]
         batch = self.image_processor(
-            [example["image"] for example in examples],
-            segmentation_maps=[example["label_map"] for example in examples],
+            [image for image, _ in pairs],
+            segmentation_maps=[label_map for _, label_map in pairs],
             do_resize=False,
             ignore_index=self.ignore_index,
             input_data_format="channels_last",
             return_tensors="pt",
         )
         return {"pixel_values": batch["pixel_values"], "labels": batch["labels"]}
+
+    @staticmethod
+    def _image_and_label_map(example: Any, index: int) -> tuple[Any, Any]:
+        if isinstance(example, tuple | list) and len(example) == 2:
+            return example[0], example[1]
+        if not isinstance(example, dict):
+            raise ValueError(
+                f"Got {type(example).__name__} as example {index}, expected image and label_map, as a dictionary or a "
+                "pair."
+            )
+        if lacking := [name for name in ("image", "label_map") if name not in example]:
+            raise ValueError(
+                f"Example {index} has no {' and no '.join(lacking)}, only {sorted(example)}. Trainer takes away what "
+                "the model doesn't know: use SANTrainer, or set remove_unused_columns=False in TrainingArguments."
+            )
+        return example["image"], example["label_map"]

@@ -5,17 +5,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from san_hf.data import DataError, SegmentationDataset
 from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.modeling import SANForSemanticSegmentationOutput, SANProcessor
 from san_hf.training.augmentation import TrainingTransform
 from san_hf.training.stream import AugmentedSamples, SampleStream
-
-
-# What `Trainer` fills labels up with where their heights differ between processes.
-TRAINER_PADDING = -100
 
 
 class TrainingExamples(Dataset):
@@ -31,9 +27,18 @@ class TrainingExamples(Dataset):
         transform: the augmentation.
         length: how many examples are drawn in the whole training: optimiser steps times images in each.
         seed: of the order and the augmentation.
+
+    Raises:
+        ValueError: a transform that pads with another label than the data's `ignore_index`.
     """
 
     def __init__(self, data: SegmentationDataset, transform: TrainingTransform, length: int, seed: int = 0):
+        padding = getattr(transform, "ignore_index", data.ignore_index)
+        if padding != data.ignore_index:
+            raise ValueError(
+                f"The transform pads with the label {padding}, but unlabelled pixels of the data have "
+                f"{data.ignore_index}: expected TrainingTransform(..., ignore_index={data.ignore_index})."
+            )
         self.samples = AugmentedSamples(data, transform, seed)
         self.length = length
 
@@ -89,46 +94,62 @@ class EvaluationExamples(Dataset):
 
 class TrainerMetrics:
     """
-    `compute_metrics` for `Trainer`, with `batch_eval_metrics=True`, and [`label_maps`] as its
+    `compute_metrics` for [`SANTrainer`], or for `Trainer` with `batch_eval_metrics=True`, and [`label_maps`] as its
     `preprocess_logits_for_metrics`. Between batches it keeps a confusion matrix, never predictions.
 
     Labels are compared at the size at which the model sees the image; `san-hf evaluate` compares them at the
     original's, as is done for published results, which differ a little. On several processes, images of different
-    sizes need `eval_use_gather_object=True`.
+    sizes need `eval_use_gather_object=True`, which [`SANTrainer`] sets.
 
     Args:
         processor: the model's.
         num_labels: number of classes.
         ignore_index: label of unlabelled pixels.
+        ignore_index_is_class: whether it is meant to be one of the classes.
+
+    Raises:
+        ValueError: an `ignore_index` that is a class.
     """
 
-    def __init__(self, processor: SANProcessor, num_labels: int, ignore_index: int = 255):
+    def __init__(
+        self,
+        processor: SANProcessor,
+        num_labels: int,
+        ignore_index: int = 255,
+        ignore_index_is_class: bool = False,
+    ):
         self.processor = processor
-        self.num_labels = num_labels
         self.ignore_index = ignore_index
+        self._start = ConfusionMatrixMetrics(num_labels, ignore_index, ignore_index_is_class=ignore_index_is_class)
         self._counts: ConfusionMatrixMetrics | None = None
 
-    def label_maps(self, logits: tuple[torch.Tensor, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    def label_maps(self, logits: tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
         """
         Label maps of a batch, which `Trainer` keeps instead of the logits.
 
         Args:
-            logits: `class_queries_logits` (B, Q, C + 1) and `masks_queries_logits` (B, Q, h, w).
-            labels: (B, H, W), for their size; perhaps with rows of -100 below, `Trainer`'s padding to the height that
-                another process has.
+            logits: what `Trainer` takes of SAN's outputs: `class_queries_logits` (B, Q, C + 1),
+                `masks_queries_logits` (B, Q, h, w), `padded_sizes` and `patch_sizes` (B, 2).
+            labels: (B, H, W); not used, but without them nothing would be measured.
 
         Returns:
-            The predicted label maps, (B, H without those rows, W) int64.
+            The predicted label maps, (B, Hp, Wp) int64, of the padded input.
+
+        Raises:
+            ValueError: other logits, or no labels.
         """
-        height = int((labels[0, :, 0] != TRAINER_PADDING).sum())
-        outputs = SANForSemanticSegmentationOutput(
-            class_queries_logits=logits[0],
-            masks_queries_logits=logits[1],
-            image_sizes=torch.tensor([(height, labels.shape[2])] * len(labels)),
-        )
+        if labels is None:
+            raise ValueError(
+                "Trainer hands on no labels, so that it would measure nothing: the examples need labels, and "
+                "label_names=['labels'] in TrainingArguments, if it is given."
+            )
+        names = ("class_queries_logits", "masks_queries_logits", "padded_sizes", "patch_sizes")
+        if not isinstance(logits, tuple | list) or len(logits) != len(names):
+            raise ValueError(f"Expected SAN's outputs as Trainer takes them, {', '.join(names)}, got {type(logits)}.")
+        outputs = SANForSemanticSegmentationOutput(**dict(zip(names, logits)))
         return torch.stack(self.processor.post_process_semantic_segmentation(outputs))
 
-    def __call__(self, prediction: EvalPrediction, compute_result: bool) -> dict[str, float]:
+    def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
         """
         Counts a batch.
 
@@ -138,12 +159,89 @@ class TrainerMetrics:
 
         Returns:
             After the last batch, the averages of [`ConfusionMatrixMetrics`], in percent; nothing before.
+
+        Raises:
+            ValueError: `Trainer` doesn't compute metrics batch by batch, or its labels can't be.
         """
+        if compute_result is None:
+            raise ValueError("TrainerMetrics needs batch_eval_metrics=True in TrainingArguments; SANTrainer sets it.")
+        if self._counts is None:
+            self._counts = self._start.new()
         counts = self._counts
-        if counts is None:
-            device = prediction.predictions[0].device
-            counts = ConfusionMatrixMetrics(self.num_labels, self.ignore_index, device=device)
         for label_map, labels in zip(prediction.predictions, prediction.label_ids):
+            # `Trainer` adds rows where the heights differ between processes.
             counts.update(label_map, labels[: len(label_map)])
-        self._counts = None if compute_result else counts
-        return counts.compute().metrics if compute_result else {}
+        if not compute_result:
+            return {}
+        self._counts = None
+        return counts.compute().metrics
+
+
+class SANTrainer(Trainer):
+    """
+    transformers' `Trainer`, with what SAN needs of it:
+    - gradients accumulated over several batches are those of one large batch: the losses are divided by what all of
+      them show (see [`~SANForSemanticSegmentation.count_targets`]);
+    - `remove_unused_columns` is off, as the collator needs columns that the model doesn't have;
+    - with [`TrainerMetrics`] as `compute_metrics`, its [`~TrainerMetrics.label_maps`] and `batch_eval_metrics` are set.
+
+    Args:
+        model: a SAN, perhaps in PEFT's.
+        args: of which those above are changed.
+        data_collator, *args, **kwargs: of `Trainer`.
+
+    Raises:
+        ValueError: label smoothing, GPUs that share a process, or parts that don't agree on the label of unlabelled
+            pixels.
+    """
+
+    def __init__(self, model: Any = None, args: TrainingArguments | None = None, data_collator: Any = None, **kwargs):
+        args = TrainingArguments() if args is None else args
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor is {args.label_smoothing_factor}, but SAN classifies masks, not pixels: leave "
+                "it at 0."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process would share its batches among {args.n_gpu} GPUs, each of which would divide the loss by "
+                "its own masks: start it with accelerate launch or torchrun, a process for each GPU."
+            )
+        args.remove_unused_columns = False
+        if isinstance(metrics := kwargs.get("compute_metrics"), TrainerMetrics):
+            args.batch_eval_metrics = True
+            # Images of several processes differ in size.
+            args.eval_use_gather_object = args.eval_use_gather_object or args.world_size > 1
+            kwargs.setdefault("preprocess_logits_for_metrics", metrics.label_maps)
+        super().__init__(model, args, data_collator, **kwargs)
+        check_same_ignore_index(self)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of one step, each with the `target_counts` of all of them, over all processes."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) > 1:
+            targets = [{name: batch.get(name) for name in ("labels", "class_labels")} for batch in batches]
+            counts = torch.stack([self.model.count_targets(**target) for target in targets]).sum(0)
+            counts = self.accelerator.reduce(counts.to(device), "sum")
+            batches = [{**batch, "target_counts": counts} for batch in batches]
+        return batches, num_items
+
+
+def check_same_ignore_index(trainer: Trainer) -> None:
+    """
+    Raises:
+        ValueError: model, augmentation, collator and metrics take other labels for that of unlabelled pixels.
+    """
+    found = {"model.config.semantic_loss_ignore_index": trainer.model.config.semantic_loss_ignore_index}
+    for name, part in (
+        ("data_collator.ignore_index", trainer.data_collator),
+        ("compute_metrics.ignore_index", trainer.compute_metrics),
+        ("train_dataset's ignore_index", getattr(trainer.train_dataset, "samples", None)),
+        ("eval_dataset's ignore_index", getattr(trainer.eval_dataset, "data", None)),
+    ):
+        part = getattr(part, "data", part) if name.startswith("train") else part
+        if isinstance(value := getattr(part, "ignore_index", None), int):
+            found[name] = value
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{name} is {value}" for name, value in found.items())
+        raise ValueError(f"Unlabelled pixels have one label, but {listed}: set all of them to that of the data.")

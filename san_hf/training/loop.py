@@ -92,18 +92,15 @@ def train_step(run: Run, batches: Iterator[Any], clock: Clock, stop: StopRequest
     accelerator, config, model, step = run.accelerator, run.config, run.model, run.step
     run.optimizer.zero_grad()
     learning_rate = run.scheduler.get_last_lr()[0]
+    parts = wait_for_parts(accelerator, batches, clock, stop, config.training.gradient_accumulation)
+    # What the losses are divided by is that of the whole step: where it is more than the batch of one forward pass.
+    target_counts = None
+    if len(parts) > 1:
+        labels = [batch["labels"].to(accelerator.device, non_blocking=True) for batch in parts]
+        counts = torch.stack([accelerator.unwrap_model(model).count_targets(part) for part in labels]).sum(0)
+        target_counts = accelerator.reduce(counts.to(accelerator.device), "sum")
     sums: dict[str, float] = {}
-    accumulated = config.training.gradient_accumulation
-    for part in range(accumulated):
-        batch = clock.wait_for(batches)
-        failed = isinstance(batch, DataError)
-        # What concerns one process concerns all: they step together or not at all.
-        flags = torch.tensor([float(failed), float(stop.requested)], device=accelerator.device)
-        any_failed, any_stopped = accelerator.reduce(flags, "sum").tolist()
-        if any_failed:
-            raise batch if failed else PeerError("Another process had data that can't be used.")
-        if any_stopped:
-            raise Stopped
+    for part, batch in enumerate(parts):
         # The loss draws random points: the same ones in this step, whether or not the run was interrupted.
         entropy = np.random.SeedSequence([config.seed, step, part, accelerator.process_index])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
@@ -111,6 +108,7 @@ def train_step(run: Run, batches: Iterator[Any], clock: Clock, stop: StopRequest
             outputs = model(
                 pixel_values=batch["pixel_values"].to(accelerator.device, non_blocking=True),
                 labels=batch["labels"].to(accelerator.device, non_blocking=True),
+                target_counts=target_counts,
                 **run.text_inputs,
             )
             losses = {"loss": outputs.loss, **outputs.loss_dict}
@@ -118,7 +116,7 @@ def train_step(run: Run, batches: Iterator[Any], clock: Clock, stop: StopRequest
             means = dict(zip(losses, accelerator.reduce(values, "mean").tolist()))
             check_finite_losses(accelerator, means, bool(values.isfinite().all()), batch["names"], step)
             for name, value in means.items():
-                sums[name] = sums.get(name, 0.0) + value / accumulated
+                sums[name] = sums.get(name, 0.0) + value / len(parts)
             accelerator.backward(outputs.loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm or float("inf"))
@@ -127,6 +125,29 @@ def train_step(run: Run, batches: Iterator[Any], clock: Clock, stop: StopRequest
             run.optimizer.step()
     run.scheduler.step()
     return {**sums, "grad_norm": norm, "learning_rate": learning_rate}
+
+
+def wait_for_parts(
+    accelerator: Accelerator, batches: Iterator[Any], clock: Clock, stop: StopRequest, number: int
+) -> list[dict[str, Any]]:
+    """
+    The batches that this process accumulates in one step: all there before any of them is computed.
+
+    Raises:
+        DataError, PeerError, Stopped: see [`train_step`].
+    """
+    parts: list[Any] = []
+    while len(parts) < number and not (parts and isinstance(parts[-1], DataError)):
+        parts.append(clock.wait_for(batches))
+    error = parts[-1] if isinstance(parts[-1], DataError) else None
+    # What concerns one process concerns all: they step together or not at all.
+    flags = torch.tensor([float(error is not None), float(stop.requested)], device=accelerator.device)
+    any_failed, any_stopped = accelerator.reduce(flags, "sum").tolist()
+    if any_failed:
+        raise error or PeerError("Another process had data that can't be used.")
+    if any_stopped:
+        raise Stopped
+    return parts
 
 
 def check_finite_losses(

@@ -163,7 +163,7 @@ def test_other_settings_do_not_mix():
         ([[0, 1]], [[-1, 0]], "label map has -1 at"),
         ([[0, -2]], [[0, 1]], "prediction has -2 at 1 pixels"),
         ([[0, 1]], [[0], [1]], r"\(1, 2\), the label map \(2, 1\)"),
-        ([[[0]]], [[0]], r"prediction must be of shape \(height, width\), got \(1, 1, 1\)"),
+        ([[[0, 0]]], [[0]], r"prediction must be of shape \(height, width\), got \(1, 1, 2\)"),
         ([[0.5]], [[0]], "must hold integers"),
     ],
 )
@@ -176,7 +176,7 @@ def test_wrong_maps(prediction, label_map, message):
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="255 is also one of the labels 0..299"):
+    with pytest.raises(ValueError, match="255 is also one of the 300 classes"):
         ConfusionMatrixMetrics(300, 255)
     with pytest.raises(ValueError, match="at least 1"):
         ConfusionMatrixMetrics(0, 255)

@@ -281,7 +281,19 @@ def test_exif_orientation(tmp_path):
 @pytest.mark.parametrize(
     "kwargs, message",
     [
-        ({"size": {"shortest_edge": 0}}, "expected 'shortest_edge'"),
+        ({"size": {"shortest_edge": 0}}, r"size\['shortest_edge'\]=0, expected a whole number"),
+        ({"size": -5}, r"size\['shortest_edge'\]=-5"),
+        ({"size": (64, 0)}, r"size\['width'\]=0"),
+        ({"size": {"shortest_edge": 10**9}}, r"size=.*'shortest_edge': 1000000000.* pixels, expected at most"),
+        ({"size": {"height": 10**7, "width": 10**7}}, "pixels, expected at most 67,108,864"),
+        ({"pad_size": {"height": 10**7, "width": 10**7}}, "Got pad_size=.* pixels, expected at most"),
+        ({"pad_size": {"height": 32, "width": 32}}, r"Got pad_size=\(32, 32\) for images of up to"),
+        ({"pad_size": {"shortest_edge": 32}}, "Got pad_size=.*expected 'height' and 'width'"),
+        ({"size_divisor": 10**9}, "size_divisor=1000000000, which makes .* pixels, expected at most"),
+        ({"size_divisor": 0}, "Got size_divisor=0, expected a whole number"),
+        ({"rescale_factor": float("nan")}, "Got rescale_factor=nan, expected a finite number above 0"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "Got image_std=.* expected finite numbers above 0"),
+        ({"image_mean": [0.2, float("inf"), 0.2]}, "Got image_mean=.* expected finite numbers,"),
         ({"size": {"max_height": 5, "max_width": 5}}, "expected 'shortest_edge'"),
         ({"do_center_crop": True, "crop_size": 20}, "do_center_crop=True"),
         ({"image_mean": [0.5, 0.5]}, "3 channels and image_mean of 2"),
@@ -395,6 +407,8 @@ def outputs_of(sizes, padded=None, num_classes=5, num_queries=12, stride=16, sca
     masks = (F.interpolate(coarse, size=(height // stride, width // stride), mode="bicubic") - 0.5) * scale
     classes = torch.randn(batch_size, num_queries, num_classes + 1) * 6
     fields = {"class_queries_logits": classes, "masks_queries_logits": masks, "image_sizes": torch.tensor(sizes)}
+    fields |= {"padded_sizes": torch.tensor([[height, width]] * batch_size)}
+    fields |= {"patch_sizes": torch.tensor([[stride, stride]] * batch_size)}
     return SimpleNamespace(**(fields | kwargs))
 
 
@@ -419,6 +433,8 @@ def test_scores_of_the_original(name):
         class_queries_logits=taps["class_logits"],
         masks_queries_logits=taps["mask_logits"],
         image_sizes=torch.tensor([meta["image_hw"]]),
+        padded_sizes=torch.tensor([[16 * side for side in taps["mask_logits"].shape[-2:]]]),
+        patch_sizes=torch.tensor([[16, 16]]),
     )
     (result,) = SANImageProcessor().post_process_semantic_segmentation(
         outputs, [meta["output_hw"]], return_segmentation_scores=True
@@ -516,14 +532,13 @@ def test_sizes_the_outputs_do_not_carry():
     del outputs.image_sizes
     assert all(map(torch.equal, image_processor.post_process_semantic_segmentation(outputs, targets), expected))
 
-    # Made by another processor, which resized to squares: masks that cover the image
+    # Made by another processor, which resized to squares: nothing says where the images are.
     squares = outputs_of([(64, 64)] * 2, image_sizes=None)
-    labels = image_processor.post_process_semantic_segmentation(squares, targets)
-    squares.image_sizes = torch.tensor([[4, 4]] * 2)
-    expected = [scores.argmax(0) for scores in dense_scores(squares, (4, 4), targets)]
-    assert all(map(torch.equal, labels, expected))
-    squares.image_sizes = None
-    assert [tuple(x.shape) for x in image_processor.post_process_semantic_segmentation(squares)] == [(4, 4)] * 2
+    with pytest.raises(ValueError, match=r"without image_sizes, and a padded input of \(64, 64\)"):
+        image_processor.post_process_semantic_segmentation(squares, targets)
+    whole = image_processor.post_process_semantic_segmentation(squares)
+    squares.image_sizes = squares.padded_sizes
+    assert all(map(torch.equal, whole, image_processor.post_process_semantic_segmentation(squares)))
 
 
 def test_half_precision_and_gradients():
@@ -542,14 +557,61 @@ def test_half_precision_and_gradients():
 
 @pytest.mark.parametrize("patch_size", [14, 16])
 def test_patch_sizes(patch_size):
-    """The masks' shape is checked against the input for any patch size, with the remainder that patches leave."""
+    """
+    Masks of whole patches, whatever remains of the padded input beside them: stretched over all of it, each patch would
+    be a fraction of a pixel too large, and everything to the right and below would move.
+    """
     outputs = outputs_of([(90, 120)], stride=patch_size)
     (result,) = SANImageProcessor().post_process_semantic_segmentation(
         outputs, [(90, 120)], return_segmentation_scores=True
     )
-    torch.testing.assert_close(
-        result.segmentation_scores, dense_scores(outputs, (96, 128), [(90, 120)])[0], rtol=1e-5, atol=1e-6
-    )
+    covered = [cells * patch_size for cells in outputs.masks_queries_logits.shape[-2:]]
+    height, width = min(90, covered[0]), min(120, covered[1])
+    inside = SimpleNamespace(**(vars(outputs) | {"image_sizes": torch.tensor([[height, width]])}))
+    expected = dense_scores(inside, covered, [(height, width)])[0]
+    torch.testing.assert_close(result.segmentation_scores[:, :height, :width], expected, rtol=1e-5, atol=1e-6)
+    rest = F.pad(expected, (0, 120 - width, 0, 90 - height), mode="replicate")
+    torch.testing.assert_close(result.segmentation_scores, rest, rtol=1e-5, atol=1e-6)
+
+
+class PatchColours(torch.nn.Module):
+    """Stands for a SAN: two queries, dark and bright, each of whose masks shows the brightness of a patch's middle."""
+
+    def forward(self, pixel_values, image_sizes=None, patch=8):
+        grey = pixel_values.mean(1)[:, patch // 2 :: patch, patch // 2 :: patch]
+        grey = grey[:, : pixel_values.shape[2] // patch, : pixel_values.shape[3] // patch]
+        batch = len(pixel_values)
+        return SimpleNamespace(
+            class_queries_logits=torch.tensor([[9.0, 0, 0], [0, 9.0, 0]]).expand(batch, 2, 3),
+            masks_queries_logits=torch.stack([-grey, grey], dim=1) * 20,
+            image_sizes=image_sizes,
+            padded_sizes=torch.tensor([pixel_values.shape[-2:]] * batch),
+            patch_sizes=torch.tensor([[patch, patch]] * batch),
+        )
+
+
+@pytest.mark.parametrize("size", [(160, 160), (200, 200), (160, 240), (161, 163)])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pad_size": {"height": 256, "width": 264}}, {"size_divisor": 128}, {"size_divisor": None}, {"do_pad": False}],
+)
+def test_padding_for_one_call(size, options):
+    """
+    Label maps moved or stretched after a padding that is not the processor's own: the picture is dark above and
+    bright below, so the border is at half of its height; or the right half of a collator's own padding.
+    """
+    pixels = np.zeros((*size, 3), np.uint8)
+    pixels[size[0] // 2 :] = 255
+    image_processor = processor(size={"shortest_edge": min(size), "longest_edge": 4 * max(size)})
+    inputs = image_processor(pixels, **options)
+    labels = image_processor.post_process_semantic_segmentation(PatchColours()(**inputs), [size])[0]
+    assert abs(int((labels[:, 80] == 1).int().argmax()) - size[0] // 2) <= 4  # half a patch
+    assert not labels[: size[0] // 2 - 4].any() and labels[size[0] // 2 + 5 :].all()
+
+    # A collator's own padding: the outputs know it, whoever made it.
+    inputs["pixel_values"] = F.pad(inputs["pixel_values"], (0, 40, 0, 24))
+    again = image_processor.post_process_semantic_segmentation(PatchColours()(**inputs), [size])[0]
+    assert (again != labels).float().mean() < 0.06
 
 
 @pytest.mark.parametrize(
@@ -559,7 +621,12 @@ def test_patch_sizes(patch_size):
         ({}, {"target_sizes": [(5, 5), (0, 5)]}, "Got target_sizes=.*at least 1"),
         ({}, {"target_sizes": [(5, 5, 3)] * 2}, "Got target_sizes="),
         ({"image_sizes": torch.tensor([[64, 64]])}, {}, "Got 1 image_sizes for outputs of 2 images"),
-        ({"image_sizes": torch.tensor([[64, 200]] * 2)}, {}, r"padded input of \(64, 224\), which does not fit masks"),
+        ({"image_sizes": torch.tensor([[64, 200]] * 2)}, {}, r"image of \(64, 200\).*larger than the padded input"),
+        ({"padded_sizes": torch.tensor([[64, 96]] * 2)}, {}, r"input of \(64, 96\) in patches of \(16, 16\) does not"),
+        ({"padded_sizes": None}, {}, "Got outputs without padded_sizes: where an image lies"),
+        ({"padded_sizes": None, "patch_sizes": None}, {}, "without padded_sizes and patch_sizes"),
+        ({"masks_queries_logits": None}, {}, "Got SimpleNamespace as outputs, expected the model's"),
+        ({}, {"target_sizes": [(10**6, 10**6), (5, 5)]}, "1,000,000,000,000 pixels, expected at most"),
         ({"masks_queries_logits": torch.full((2, 6, 4, 4), torch.nan)}, {}, "Image 0: masks_queries_logits has NaN"),
         ({"class_queries_logits": torch.full((2, 6, 6), torch.inf)}, {}, "Image 0: class_queries_logits has NaN"),
         ({}, {"num_labels": 0}, r"Got num_labels=0, expected 1..5"),
@@ -586,6 +653,8 @@ outputs = SimpleNamespace(
     class_queries_logits=torch.randn(1, 100, num_classes + 1) * 3,
     masks_queries_logits=masks,
     image_sizes=torch.tensor([[640, 853]]),
+    padded_sizes=torch.tensor([[640, 864]]),
+    patch_sizes=torch.tensor([[16, 16]]),
 )
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 (labels,) = SANImageProcessor().post_process_semantic_segmentation(outputs, [(height, width)])

@@ -241,6 +241,7 @@ def test_post_processing_is_the_image_processors(processor):
     outputs.class_queries_logits = torch.randn(1, 5, 4) * 5
     outputs.masks_queries_logits = torch.randn(1, 5, 4, 6) * 5
     outputs.image_sizes = torch.tensor([[64, 90]])
+    outputs.padded_sizes, outputs.patch_sizes = torch.tensor([[64, 96]]), torch.tensor([[16, 16]])
     (ours,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(30, 40)], num_labels=1)
     (expected,) = processor.image_processor.post_process_semantic_segmentation(outputs, [(30, 40)], num_labels=1)
     assert torch.equal(ours, expected) and ours.max() == 1

@@ -149,21 +149,28 @@ def test_metrics_batch_by_batch(folder):
 
 
 def test_label_maps_of_padded_labels(folder):
-    """Rows added below the labels must not stretch the prediction."""
+    """Rows that `Trainer` adds below the labels must not stretch the prediction, nor those that have no label."""
     _, processor = from_pretrained(folder / "model")
     torch.manual_seed(0)
-    logits = torch.randn(2, 5, 4), 5 * torch.randn(2, 5, 8, 12)
-    metrics = TrainerMetrics(processor, num_labels=3)
+    sizes = torch.tensor([[64, 96]] * 2), torch.tensor([[8, 8]] * 2)
+    logits = torch.randn(2, 5, 4), 5 * torch.randn(2, 5, 8, 12), *sizes
+    metrics = TrainerMetrics(processor, num_labels=3, ignore_index=-100)
     labels = torch.zeros(2, 64, 96, dtype=torch.int64)
     plain = metrics.label_maps(logits, labels)
     assert plain.shape == (2, 64, 96) and len(plain.unique()) == 3
     padded = torch.cat([labels, torch.full((2, 32, 96), -100)], dim=1)
     assert (metrics.label_maps(logits, padded) == plain).all()
+    labels[:, :, 0] = -100
+    assert (metrics.label_maps(logits, labels) == plain).all()
+    with pytest.raises(ValueError, match="no labels"):
+        metrics.label_maps(logits, None)
+    with pytest.raises(ValueError, match="batch_eval_metrics=True"):
+        metrics(EvalPrediction(plain, labels))
 
 
 # --- the script
 
-OPTIONS = ["--crop-size", "64", "--learning-rate", "0.003", "--max-grad-norm", "1", "--num-workers", "0"]
+OPTIONS = ["--crop-size", "64", "--learning-rate", "0.01", "--max-grad-norm", "1", "--num-workers", "0"]
 
 
 def run_main(*arguments: str):
@@ -218,7 +225,7 @@ def test_trains_and_evaluates(folder, trained):
     assert evaluations[2]["eval_loss"] < evaluations[0]["eval_loss"] - 1
     (training,) = [entry for entry in history if "learning_rate" in entry]
     # Of the step that was just made, the 20th: the first is made at the full rate.
-    assert training["learning_rate"] == pytest.approx(0.003 * (1 - 19 / 30) ** 0.9, rel=1e-6)
+    assert training["learning_rate"] == pytest.approx(0.01 * (1 - 19 / 30) ** 0.9, rel=1e-6)
 
     before, after = (from_pretrained(place)[0] for place in (folder / "model", output))
     assert after.config.id2label == {0: "red", 1: "green", 2: "blue"}
