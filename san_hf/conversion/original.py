@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from san_hf.loading import foreign_content
 from san_hf.messages import join_some, one_line
 from san_hf.torch_files import ForeignObjectError, load_torch_file
 
@@ -92,7 +93,9 @@ def original_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
 
 
 def _load(path: Path):
-    path.open("rb").close()  # a missing permission is an error of its own; below, OSError means a damaged archive
+    # A missing permission is an error of its own here; below, OSError means a damaged archive.
+    if problem := foreign_content(path):
+        raise ConversionError(f"'{path}' {problem}")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -388,13 +388,28 @@ def test_every_key_counts(golden):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.00001, 0.5, 0.9999])
+@pytest.mark.parametrize("share", [0.00001, 0.5, 0.9999])
 def test_truncated_file(b16, tmp_path, share, legacy):
     """Catches half a download that is converted, or that ends in an error which doesn't name the file."""
     source = write(tmp_path / "cut.pth", {"model": b16.original_state_dict}, _use_new_zipfile_serialization=not legacy)
     content = source.read_bytes()
     source.write_bytes(content[: int(share * len(content))])
     refuse(tmp_path, source, b16.config(), "cut.pth' can't be read as a checkpoint: it is truncated")
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "is a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html><title>Sign in</title></html>", "is a web page"),
+        (b"", "is empty"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_something_in_place_of_a_checkpoint(tmp_path, b16, content, expected, suffix):
+    """Catches a download that went wrong being called a damaged archive, without what to do."""
+    (tmp_path / f"san{suffix}").write_bytes(content)
+    refuse(tmp_path, tmp_path / f"san{suffix}", b16.config(), f"san{suffix}' {expected}")
 
 
 def test_truncated_safetensors(b16, tmp_path):
