@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -808,6 +812,9 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
 
 SANModel.register_for_auto_class("AutoModel")
 SANForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+# Pipelines go by these lists of names; they log an error for a model that isn't there.
+MODEL_MAPPING_NAMES[SANConfig.model_type] = SANModel.__name__
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[SANConfig.model_type] = SANForSemanticSegmentation.__name__
 
 __all__ = [
     "SANForSemanticSegmentation",

@@ -23,10 +23,6 @@ def register_auto_classes() -> None:
 
     # Transformers up to 5.17 offers it at the top level only where torchvision imports
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
-        MODEL_MAPPING_NAMES,
-    )
 
     from san_hf.modeling import (
         SANConfig,
@@ -44,9 +40,6 @@ def register_auto_classes() -> None:
         SANConfig, image_processor_classes={"torchvision": SANImageProcessor, "pil": SANImageProcessorPil}
     )
     AutoProcessor.register(SANConfig, SANProcessor)
-    # Transformers' pipelines go by these lists of names, which `register` doesn't reach.
-    MODEL_MAPPING_NAMES[SANConfig.model_type] = SANModel.__name__
-    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[SANConfig.model_type] = SANForSemanticSegmentation.__name__
 
 
 def register_when_imported() -> None:
