@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def check_processor(processor: SANProcessor, config: SANConfig, location: str | 
     Raises:
         ModelError: a file or setting is missing, or doesn't fit the model.
     """
-    folder, tokenizer, text = Path(location), processor.tokenizer, config.clip_text_config
+    folder = Path(location)
     problems = []
     if folder.is_dir():
         missing = [name for name in PROCESSOR_FILES if not (folder / name).is_file()]
@@ -114,6 +115,32 @@ def check_processor(processor: SANProcessor, config: SANConfig, location: str | 
             for name in ("size", "image_mean", "image_std"):
                 if name not in images:
                     problems.append(f"processor_config.json has no {name} in image_processor")
+    check_tokenizer(processor.tokenizer, config, location, problems)
+
+
+def check_tokenizer(
+    tokenizer: Any, config: SANConfig, location: str | os.PathLike, problems: Sequence[str] = ()
+) -> None:
+    """
+    Refuses a tokenizer that isn't the model's.
+
+    Args:
+        tokenizer: what was loaded.
+        config: the model's configuration.
+        location: where it is from.
+        problems: what else is wrong there.
+
+    Raises:
+        ModelError: a setting doesn't fit the model, or something was wrong already.
+    """
+    text, problems = config.clip_text_config, list(problems)
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        model = json.loads(backend.to_str())["model"]
+        longer = any(
+            len(token.removesuffix("</w>")) > 1 for token in set(model["vocab"]) - set(tokenizer.all_special_tokens)
+        )
+        if longer and not model.get("merges"):
+            problems.append("its tokenizer has no merges")
     if len(tokenizer) != text.vocab_size:
         problems.append(f"its tokenizer has {len(tokenizer)} tokens, expected {text.vocab_size} (vocab_size)")
     # 2 stands for the highest id, in configurations of old.

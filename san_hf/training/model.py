@@ -5,6 +5,7 @@ from transformers import AutoTokenizer
 
 from san_hf.data import SegmentationDataset
 from san_hf.hub import load_model
+from san_hf.loading import check_tokenizer
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.paths import expand_path
 
@@ -34,6 +35,7 @@ def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANFo
             start = expand_path(start)
             model = SANForSemanticSegmentation.from_clip(start, dtype=torch.float32, **revision, **fields)
             tokenizer = AutoTokenizer.from_pretrained(start, **revision)
+            check_tokenizer(tokenizer, model.config, start)
             processor = SANProcessor(SANImageProcessor(size=_size(model.config.image_size)), tokenizer)
         if section.prompt_templates is not None:
             processor = SANProcessor(processor.image_processor, processor.tokenizer, section.prompt_templates)

@@ -61,6 +61,16 @@ def test_another_tokenizer(folder, name):
         load_model(folder, torch.float32)
 
 
+def test_a_tokenizer_without_merges(folder):
+    """Names spelt in letters: other tokens, though the vocabulary is whole."""
+    change(
+        folder / "tokenizer.json",
+        lambda content: content["model"]["vocab"].update(sky=999) or content["model"].__setitem__("merges", []),
+    )
+    with pytest.raises(ModelError, match="its tokenizer has no merges"):
+        load_model(folder, torch.float32)
+
+
 @pytest.mark.parametrize("name", ["clip_image_scale", "fusion_layers", "bias_pooling", "clip_config"])
 def test_configuration_that_would_be_guessed(folder, name):
     """The paper's value in place of the one that the weights were trained with."""

@@ -565,7 +565,7 @@ def test_data_that_cannot_be_used(root, tmp_path):
 
 
 MODELS_THAT_CANNOT_BE_HAD = [
-    ("model.checkpoint=/none", "model.checkpoint=/none can't be used: .*There is no folder here of that name"),
+    ("model.checkpoint=/none", "model.checkpoint=/none can't be used: .*no folder of that name"),
     ("model.san_config={num_queries: 7}", "lack these, or have them in another shape"),
     ("model.san_config={num_queries: few}", "num_queries"),
     ("model.san_config={num_queries: -3}", "with model.san_config={'num_queries': -3} can't be used: "),
