@@ -45,6 +45,9 @@ class Fingerprint:
             "class_names": list(data.class_names),
             "ignore_index": data.ignore_index,
             "label_shift": data.label_shift,
+            "label_palette": None
+            if data.palette is None
+            else [data.palette.codes.tolist(), data.palette.labels.tolist()],
             "file names": names,
             "first example": first,
         }
