@@ -392,7 +392,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """
     if resume or overwrite:
         return
-    for name, what in ((PROGRESS_FOLDER, "an interrupted run"), *((name, "results") for name in written_files())):
+    for name, what in (*((name, "results") for name in written_files()), (PROGRESS_FOLDER, "an interrupted run")):
         if (folder / name).exists():
             raise ValueError(
                 f"'{folder}' holds {what} ({name}). Go on with them by --resume, replace them by --overwrite, or "

@@ -52,14 +52,14 @@ NUM_IMAGES = 7
 def folder(tmp_path_factory):
     """Seven scenes of three sizes, with unlabelled pixels, the names of the classes in another order."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    (folder / "images").mkdir(parents=True)
-    (folder / "labels").mkdir()
+    (folder / "validation" / "images").mkdir(parents=True)
+    (folder / "validation" / "labels").mkdir()
     for index in range(NUM_IMAGES):
         scene = draw_scene(index, [(96, 64), (64, 96), (64, 64)][index % 3])
         label_map = len(CLASS_NAMES) - 1 - scene.label_map
         label_map[:5] = 255
-        scene.image.save(folder / "images" / f"{index:012}.png")
-        Image.fromarray(label_map).save(folder / "labels" / f"{index:012}.png")
+        scene.image.save(folder / "validation" / "images" / f"{index:012}.png")
+        Image.fromarray(label_map).save(folder / "validation" / "labels" / f"{index:012}.png")
     (folder / "classes.txt").write_text("\n".join(CLASS_NAMES[::-1]))
     return folder
 
@@ -354,12 +354,12 @@ def test_predictions_of_an_earlier_run(loaded, data, folder, tmp_path):
 def broken(folder, tmp_path):
     """The scenes, one of which isn't whole."""
     copy = tmp_path / "broken"
-    for kind in ("images", "labels"):
+    for kind in ("validation/images", "validation/labels"):
         (copy / kind).mkdir(parents=True)
         for path in (folder / kind).iterdir():
             (copy / kind / path.name).write_bytes(path.read_bytes())
     (copy / "classes.txt").write_bytes((folder / "classes.txt").read_bytes())
-    image = copy / "images" / f"{4:012}.png"
+    image = copy / "validation" / "images" / f"{4:012}.png"
     image.write_bytes(image.read_bytes()[:300])
     return copy
 
@@ -397,7 +397,7 @@ def evaluate_broken(broken: Path, loaded: tuple, processes: int) -> list[str]:
 
 def test_broken_images_of_two_processes(broken, loaded):
     """Catches broken images that are listed in another order for another number of processes."""
-    image = broken / "images" / f"{1:012}.png"
+    image = broken / "validation" / "images" / f"{1:012}.png"
     image.write_bytes(image.read_bytes()[:300])
     (alone,) = Run(evaluate_broken, broken, loaded, 1).outcomes()
     assert [f"{index:012}.png" in message for index, message in zip((1, 4), alone, strict=True)] == [True, True]
@@ -476,7 +476,7 @@ def interrupt(*_):
 def test_images_that_have_changed(loaded, folder, tmp_path):
     """Catches an evaluation that goes on with other images, and one that a broken image can't be mended for."""
     shutil.copytree(folder, tmp_path / "data")
-    images, labels = (sorted((tmp_path / "data" / kind).iterdir()) for kind in ("images", "labels"))
+    images, labels = (sorted((tmp_path / "data" / "validation" / kind).iterdir()) for kind in ("images", "labels"))
     sound = images[1].read_bytes()
     images[1].write_bytes(b"broken")
     data = load_segmentation_dataset(tmp_path / "data", "validation")
@@ -617,7 +617,8 @@ def test_command_errors(command, folder, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     arguments, message = ERRORS[case]
     result = command(*(argument.format(folder=folder) for argument in arguments), status=2)
-    assert message in result.output and result.output.startswith("Error"), result.output
+    (error,) = [line for line in result.output.splitlines() if line.startswith("Error")]
+    assert message in error, result.output
 
 
 def test_comparison_pixels():
