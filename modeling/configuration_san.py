@@ -320,8 +320,9 @@ class SANConfig(PreTrainedConfig):
                 if isinstance(value, bool) or not is_number or not low <= value <= high:
                     kind = "an integer" if isinstance(low, int) else "a number"
                     problems.append(f"{prefix}{name} must be {kind} in {low}..{high}, got {value!r:.80}")
-            if hasattr(part, "hidden_act") and part.hidden_act not in ACT2FN:
-                problems.append(f"{prefix}hidden_act must be one of {sorted(ACT2FN)}, got {part.hidden_act!r:.80}")
+            activation = getattr(part, "hidden_act", None)
+            if hasattr(part, "hidden_act") and activation not in ACT2FN:
+                problems.append(f"{prefix}hidden_act must be one of {sorted(ACT2FN)}, got {activation!r:.80}")
         # What follows computes with these values.
         if not problems:
             problems = [*self._contradictions(vision, text), *self._layer_contradictions(vision)]
@@ -341,18 +342,23 @@ class SANConfig(PreTrainedConfig):
                 f"num_channels ({self.num_channels}) must be CLIP's, clip_config.vision_config.num_channels "
                 f"({vision.num_channels}): both see the same image"
             )
-        for prefix, part in (("", self), ("clip_config.vision_config.", vision)):
-            if not 1 <= part.image_size // part.patch_size <= MAX_GRID:
+        # The ranges have only whole numbers here, though the stock configurations' types allow more.
+        clip_patch_size = cast(int, vision.patch_size)
+        for prefix, image_size, patch_size in (
+            ("", self.image_size, self.patch_size),
+            ("clip_config.vision_config.", cast(int, vision.image_size), clip_patch_size),
+        ):
+            if not 1 <= image_size // patch_size <= MAX_GRID:
                 yield (
-                    f"{prefix}image_size ({part.image_size}) must hold 1..{MAX_GRID} patches of {prefix}patch_size "
-                    f"({part.patch_size})"
+                    f"{prefix}image_size ({image_size}) must hold 1..{MAX_GRID} patches of {prefix}patch_size "
+                    f"({patch_size})"
                 )
-        if int(self.image_size * self.clip_image_scale) < vision.patch_size:
+        if int(self.image_size * self.clip_image_scale) < clip_patch_size:
             yield (
                 f"clip_image_scale ({self.clip_image_scale}) must leave at least one of CLIP's patches "
                 f"({vision.patch_size} pixels) of image_size ({self.image_size})"
             )
-        if not text.eos_token_id < text.vocab_size:
+        if not cast(int, text.eos_token_id) < text.vocab_size:
             yield (
                 f"clip_config.text_config.eos_token_id ({text.eos_token_id}) must be lower than vocab_size "
                 f"({text.vocab_size})"

@@ -29,9 +29,11 @@ def whole_number(value: Any, name: str) -> int:
     Raises:
         ValueError: it isn't a whole number from 1; the message calls it `name`.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value or value < 1 or value % 1:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    pixels: Any = value
+    if not is_number or not 1 <= pixels < math.inf or pixels % 1:
         raise ValueError(f"Got {name}={value!r:.80}, expected a whole number of pixels, 1 or more.")
-    return int(value)
+    return int(pixels)
 
 
 def as_size_dict(size: Any, name: str) -> SizeDict:
@@ -137,7 +139,7 @@ def check_arithmetic(
     Raises:
         ValueError: numbers that no image can be rescaled or normalised by.
     """
-    if do_rescale and not (isinstance(rescale_factor, numbers.Real) and 0 < rescale_factor < math.inf):
+    if do_rescale and not (isinstance(rescale_factor, numbers.Real) and 0 < float(rescale_factor) < math.inf):
         raise ValueError(
             f"Got rescale_factor={rescale_factor!r:.80}, expected a finite number above 0, such as 1 / 255."
         )

@@ -209,7 +209,7 @@ def mask_classification_loss(
     }
     criterion = SegmentationCriterion(
         # The criterion wants a Mask2FormerConfig, but the number of classes is the caller's, call by call.
-        SimpleNamespace(  # type: ignore[arg-type]
+        SimpleNamespace(
             num_labels=num_labels,
             no_object_weight=config.no_object_weight,
             class_weight=config.class_weight,

@@ -10,7 +10,7 @@ vision heads; Ca the side adapter's width, Hs x Ws its grid; n bias layers.
 import math
 import os
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 import torch.nn.functional as F
@@ -212,7 +212,7 @@ class SANPreTrainedModel(PreTrainedModel):
             for tokens in (module.query_tokens, module.query_position_embeddings, module.position_embeddings):
                 init.trunc_normal_(tokens, std=self.config.initializer_range)
         elif isinstance(module, nn.Linear | nn.Conv2d) and (bounds := getattr(module, "initial_bounds", None)):
-            for parameter, bound in zip((module.weight, module.bias), bounds):
+            for parameter, bound in zip(module.parameters(recurse=False), bounds):  # weight, bias
                 init.uniform_(parameter, -bound, bound)
         elif isinstance(module, AttentionBiasScaling):
             init.uniform_(module.weight, -1.0, 1.0)
@@ -243,9 +243,10 @@ class SANPreTrainedModel(PreTrainedModel):
             if saved.get("vocabulary_size"):
                 names = ("id2label", "num_labels", "vocabulary_size")
                 check_carried_names(saved, {name: getattr(config, name) for name in names})
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(
             pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         if "class_embeds" in lacking:
             raise ValueError(
@@ -566,7 +567,7 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         # 2 stands for the highest id, in configurations of old.
         eos_token_id = text_config.eos_token_id
         if not torch.compiler.is_compiling() and eos_token_id != 2:
-            if not (input_ids == eos_token_id).any(dim=-1).all():
+            if not input_ids.eq(cast(int, eos_token_id)).any(dim=-1).all():
                 raise ValueError(
                     f"input_ids hold prompts without CLIP's end-of-text token ({eos_token_id}), off which their "
                     "embedding is read. Use the tokenizer that belongs to the checkpoint."

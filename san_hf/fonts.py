@@ -55,7 +55,7 @@ def font_files() -> list[str]:
 
 @cache
 def _font_files() -> tuple[str, ...]:
-    found = {}
+    found: dict[str, str] = {}
     for folder in _system_folders():
         for path, folders, names in os.walk(folder):
             folders.sort()
@@ -126,7 +126,8 @@ def _load(file: str, size: int, shaped: bool = True) -> Font:
     try:
         # Fonts whose weight can be chosen are thin by default, some of them.
         axes = font.get_variation_axes()
-        font.set_variation_by_axes([400 if axis["name"] == b"Weight" else axis["default"] for axis in axes])
+        defaults = [float(axis["default"] or 0) for axis in axes]
+        font.set_variation_by_axes([400.0 if axis["name"] == b"Weight" else d for axis, d in zip(axes, defaults)])
     except (OSError, NotImplementedError):
         pass
     return font

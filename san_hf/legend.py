@@ -109,13 +109,13 @@ def with_legend(drawing: Image.Image, entries: Sequence[LegendEntry], font_size:
         ]
     else:
         width = max(drawing.width, round(widest) + gap)
-        x, y = float(gap), drawing.height + gap
+        x, y = float(gap), float(drawing.height + gap)
         for cell in cells:
             if x > gap and x + cell.width + gap > width:
                 x, y = float(gap), y + line
             positions.append((x, y))
             x += cell.width + gap
-        size = width, y + line + gap
+        size = width, round(y) + line + gap
     canvas = Image.new("RGB", size, (255, 255, 255))
     canvas.paste(drawing)
     draw = ImageDraw.Draw(canvas)

@@ -116,7 +116,8 @@ def _walk(listing: ImageListing, excluded: str | None) -> Iterator[Path]:
     """All files that aren't hidden. Links to folders wait until all real folders were seen."""
     root = os.path.realpath(listing.folder)
     seen: set[str] = set()
-    folders, links = [listing.folder], []
+    folders = [listing.folder]
+    links: list[Path] = []
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(folder)

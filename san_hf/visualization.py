@@ -90,7 +90,7 @@ def draw_overlay(
     stroke = max(2, font_size // 8)
     draw = ImageDraw.Draw(drawing)
     counts = np.bincount(label_map.ravel(), minlength=len(class_names))
-    names = {int(label): drawn_name(int(label), class_names[label]) for label in np.flatnonzero(counts)}
+    names = {label: drawn_name(label, class_names[label]) for label in np.flatnonzero(counts).tolist()}
     for label, position in _placements(label_map, names, font_size, stroke).items():
         draw.text(
             position,

@@ -250,7 +250,7 @@ def colors_of_options(values: list[str] | None) -> "dict[str, tuple[int, int, in
     """Colours by class name, of files and of "name=colour"; later ones win."""
     from san_hf.colors import parse_color, read_colors, split_color
 
-    colors = {}
+    colors: dict[str, tuple[int, int, int]] = {}
     for value in values or []:
         if os.path.isfile(expand_path(value)):
             colors |= read_colors(expand_path(value))

@@ -109,7 +109,7 @@ def _find_pair(folder: Path, image_folder: str | None, label_folder: str | None)
                 f"'{printable(folder)}' has {', '.join(path.name for path in filled)}: which of them is meant? Give "
                 f"{key}={filled[0].name}, or another."
             )
-        return (filled or present or [None])[0]
+        return next(iter(filled or present), None)
 
     voc_images, voc_labels = _VOC_FOLDERS
     images = choose("image_column", image_folder, (*IMAGE_FOLDERS, voc_images))

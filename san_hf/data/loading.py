@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 from datasets import Image as ImageFeature
@@ -32,7 +32,7 @@ IMAGE_COLUMNS = ("image",)
 LABEL_COLUMNS = ("label", "annotation", "mask", "label_map", "segmentation_map", "semantic_map")
 FILE_NAME_COLUMNS = ("file_name", "filename", "image_id")
 # Objects of `datasets` that are taken as they are.
-Opened = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
+Opened: TypeAlias = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
 
 
 def load_segmentation_dataset(

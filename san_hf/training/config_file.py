@@ -112,7 +112,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         if self.check_event(yaml.AliasEvent) and self.anchors.get(self.peek_event().anchor, parent) not in self.sizes:
             raise yaml.YAMLError(f"the alias {self.peek_event().anchor!r} is unknown, or a part of what it stands for")
-        node = super().compose_node(parent, index)
+        node: Any = super().compose_node(parent, index)
         if node not in self.sizes:
             parts = [] if isinstance(node, yaml.ScalarNode) else node.value
             parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts

@@ -146,7 +146,8 @@ class TrainerMetrics:
         names = ("class_queries_logits", "masks_queries_logits", "padded_sizes", "patch_sizes")
         if not isinstance(logits, tuple | list) or len(logits) != len(names):
             raise ValueError(f"Expected SAN's outputs as Trainer takes them, {', '.join(names)}, got {type(logits)}.")
-        outputs = SANForSemanticSegmentationOutput(**dict(zip(names, logits)))
+        fields: dict[str, Any] = dict(zip(names, logits))
+        outputs = SANForSemanticSegmentationOutput(**fields)
         return torch.stack(self.processor.post_process_semantic_segmentation(outputs))
 
     def __call__(self, prediction: EvalPrediction, compute_result: bool | None = None) -> dict[str, float]:
@@ -221,7 +222,8 @@ class SANTrainer(Trainer):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(batches) > 1:
             targets = [{name: batch.get(name) for name in ("labels", "class_labels")} for batch in batches]
-            counts = torch.stack([self.model.count_targets(**target) for target in targets]).sum(0)
+            model: Any = self.model
+            counts = torch.stack([model.count_targets(**target) for target in targets]).sum(0)
             counts = self.accelerator.reduce(counts.to(device), "sum")
             batches = [{**batch, "target_counts": counts} for batch in batches]
         return batches, num_items
@@ -232,7 +234,8 @@ def check_same_ignore_index(trainer: Trainer) -> None:
     Raises:
         ValueError: model, augmentation, collator and metrics take other labels for that of unlabelled pixels.
     """
-    found = {"model.config.semantic_loss_ignore_index": trainer.model.config.semantic_loss_ignore_index}
+    model: Any = trainer.model
+    found = {"model.config.semantic_loss_ignore_index": model.config.semantic_loss_ignore_index}
     for name, part in (
         ("data_collator.ignore_index", trainer.data_collator),
         ("compute_metrics.ignore_index", trainer.compute_metrics),
