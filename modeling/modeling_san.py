@@ -179,7 +179,7 @@ def select_hidden_states(
 
 def sizes_of_batch(pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(B, 2) int64: a (height, width) that all images of the batch share."""
-    sides = [torch.full((len(pixel_values), 1), side, device=pixel_values.device) for side in size]
+    sides = [torch.full((pixel_values.shape[0], 1), side, device=pixel_values.device) for side in size]
     return torch.cat(sides, dim=1)
 
 

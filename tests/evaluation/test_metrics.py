@@ -164,6 +164,7 @@ def test_other_settings_do_not_mix():
         ([[0, -2]], [[0, 1]], "prediction has -2 at 1 pixels"),
         ([[0, 1]], [[0], [1]], r"\(1, 2\), the label map \(2, 1\)"),
         ([[[0, 0]]], [[0]], r"prediction must be of shape \(height, width\), got \(1, 1, 2\)"),
+        ([[2**32]], [[2**32 + 1]], "label map has 2147483647 at 1 pixels"),
         ([[0.5]], [[0]], "must hold integers"),
     ],
 )
@@ -176,7 +177,7 @@ def test_wrong_maps(prediction, label_map, message):
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="255 is also one of the 300 classes"):
+    with pytest.raises(ValueError, match="255 is also one of the 300 classes 0..299.*ignore_index_is_class=True"):
         ConfusionMatrixMetrics(300, 255)
     with pytest.raises(ValueError, match="at least 1"):
         ConfusionMatrixMetrics(0, 255)
@@ -231,3 +232,27 @@ def test_evaluate_metric_says_what_is_wrong(metric):
         SegmentationMetric(2, num_process=2)
     with pytest.raises(ValueError, match="1 class names for 2 labels"):
         SegmentationMetric(2, class_names=["a"])
+
+
+@pytest.mark.parametrize("dtype", [">i4", ">u2", ">i8", "<i2", "u1"])
+def test_byte_orders_and_forms(dtype):
+    """Arrays in another byte order, or with a last axis of one, counted as what they hold."""
+    prediction, label_map = np.array([[0, 1, 1]]), np.array([[0, 1, 2]])
+    expected = ConfusionMatrixMetrics(3, 255)
+    expected.update(prediction, label_map)
+    for form in (lambda x: x.astype(dtype), lambda x: x.astype(dtype)[..., None], lambda x: x.tolist()):
+        metrics = ConfusionMatrixMetrics(3, 255)
+        metrics.update(form(prediction), form(label_map))
+        assert torch.equal(metrics.confusion_matrix, expected.confusion_matrix)
+
+
+def test_an_ignored_class_that_is_meant():
+    """Said to be meant, a class's own pixels count nowhere; an ignore index of -100 counts as any other."""
+    counts = []
+    for ignore_index, meant in ((1, True), (-100, False)):
+        metrics = SegmentationMetric(3, ignore_index, ignore_index_is_class=meant)
+        labels = np.array([[0, 1, 2, 2]])
+        labels[labels == 1] = ignore_index
+        metrics.add_batch(predictions=[np.array([[0, 1, 1, 2]])], references=[labels])
+        counts.append(metrics.counts.confusion_matrix)
+    assert torch.equal(*counts) and counts[0].sum() == 3

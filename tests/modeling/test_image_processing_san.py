@@ -1,6 +1,7 @@
 """Images and label maps in, label maps out. Sizes are (height, width)."""
 
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -396,6 +397,63 @@ def test_save_and_load(tmp_path):
         assert (loaded.size["shortest_edge"], loaded.ignore_index, loaded.size_divisor) == (48, 7, 16)
 
 
+@pytest.mark.parametrize("dtype", [">u2", ">i4", ">i8", "<u2", "=i4", ">u4"])
+def test_byte_orders(dtype):
+    """The same numbers in another byte order: another image, other labels, or an error."""
+    image_processor = processor(size=64)
+    pixels = np.random.default_rng(0).integers(0, 200, (64, 64, 3))
+    label_map = np.random.default_rng(1).integers(0, 9, (64, 64))
+    scale = 257 if dtype.endswith("u2") else 1  # 16-bit images have 16-bit values
+    got = image_processor((pixels * scale).astype(dtype), label_map.astype(dtype))
+    expected = image_processor(pixels.astype(np.uint8), label_map)
+    assert torch.equal(got.pixel_values, expected.pixel_values) and torch.equal(got.labels, expected.labels)
+    floats = image_processor(pixels.astype(">f4"))
+    assert torch.equal(floats.pixel_values, expected.pixel_values)
+
+
+def test_big_endian_files(tmp_path):
+    """16-bit grey TIFF as microscopes and satellites write it, bright and dark."""
+    for brightest in (65535, 199):
+        pixels = np.linspace(0, brightest, 64 * 64).astype(np.uint16).reshape(64, 64)
+        means = []
+        for order, prefix in (("<", b"II*\0"), (">", b"MM\0*")):
+            # Width, height, bits, no compression, black is zero, offset, rows in the strip, bytes in it.
+            tags = {256: 64, 257: 64, 258: 16, 259: 1, 262: 1, 273: 110, 278: 64, 279: 64 * 64 * 2}
+            entries = b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags.items())
+            header = prefix + struct.pack(order + "IH", 8, len(tags)) + entries + bytes(4)
+            assert len(header) == 110
+            (tmp_path / "image.tif").write_bytes(header + pixels.astype(order + "u2").tobytes())
+            means.append(processor(do_normalize=False, do_pad=False)(tmp_path / "image.tif").pixel_values.mean().item())
+        assert means[0] == means[1] == pytest.approx(brightest / 2 / 65535, abs=0.002)
+
+
+def test_label_maps_in_other_forms():
+    """One channel last, nested lists, batches of either: the label map itself."""
+    pixels, labels = np.zeros((2, 40, 60, 3), np.uint8), np.random.default_rng(0).integers(0, 5, (2, 40, 60))
+    expected = processor()(list(pixels), list(labels)).labels
+    for form in (labels[..., None], labels.tolist(), list(labels[..., None]), [labels[0].tolist(), labels[1]]):
+        assert torch.equal(processor()(pixels, form).labels, expected)
+    for form in (labels[0], labels[0][..., None], labels[0].tolist(), labels[0][..., None].tolist()):
+        assert torch.equal(processor()(pixels[0].tolist(), form).labels, expected[:1])
+    with pytest.raises(ValueError, match="rows differ in length"):
+        processor()(pixels[0], [[0, 1], [0]])
+
+
+@pytest.mark.parametrize(
+    "size", [160, {"shortest_edge": 160}, {"shortest_edge": 160, "longest_edge": 640}, (160, 160), [160, 160]]
+)
+def test_size_set_later(size):
+    """A size in any form that is set on a processor there is: an AttributeError in post-processing."""
+    image_processor = processor()
+    image_processor.size = size
+    outputs = outputs_of([(160, 160)], image_sizes=None)
+    (labels,) = image_processor.post_process_semantic_segmentation(outputs, [(80, 80)])
+    assert labels.shape == (80, 80)
+    assert image_processor(photo(80, 80)).image_sizes.tolist() == [[160, 160]]
+    with pytest.raises(ValueError, match="Got size="):
+        image_processor.size = "large"
+
+
 # Label maps out
 
 
@@ -429,12 +487,13 @@ def test_scores_of_the_original(name):
     """The original's score map at another size than the input, from its own logits."""
     folder = FIXTURES / "golden" / name
     taps, meta = load_file(folder / "io.safetensors"), json.loads((folder / "meta.json").read_text())
+    padded = torch.tensor([[-(-side // 32) * 32 for side in meta["image_hw"]]])
     outputs = SimpleNamespace(
         class_queries_logits=taps["class_logits"],
         masks_queries_logits=taps["mask_logits"],
         image_sizes=torch.tensor([meta["image_hw"]]),
-        padded_sizes=torch.tensor([[16 * side for side in taps["mask_logits"].shape[-2:]]]),
-        patch_sizes=torch.tensor([[16, 16]]),
+        padded_sizes=padded,
+        patch_sizes=padded // torch.tensor(taps["mask_logits"].shape[-2:]),
     )
     (result,) = SANImageProcessor().post_process_semantic_segmentation(
         outputs, [meta["output_hw"]], return_segmentation_scores=True

@@ -245,3 +245,30 @@ def test_post_processing_is_the_image_processors(processor):
     (ours,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[(30, 40)], num_labels=1)
     (expected,) = processor.image_processor.post_process_semantic_segmentation(outputs, [(30, 40)], num_labels=1)
     assert torch.equal(ours, expected) and ours.max() == 1
+
+
+def test_ignore_index_among_the_classes(processor):
+    """A class whose pixels would count as unlabelled, without a word, in all of training."""
+    names, label_map = [f"thing {index}" for index in range(300)], np.full((64, 64), 255)
+    arguments = {"text": names, "segmentation_maps": label_map, "prompt_templates": ["a {}"]}
+    image = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(ValueError, match="ignore index 255 is also one of the 300 classes"):
+        processor(image, **arguments)
+    assert (processor(image, **arguments, ignore_index=-100).labels[:, :64, :64] == 255).all()
+    assert (processor(image, **arguments, ignore_index_is_class=True).labels == 255).all()
+    with pytest.raises(ValueError, match="ignore index 3 is also one"):
+        processor(image, text=names[:4], segmentation_maps=label_map, ignore_index=3)
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "message"),
+    [
+        (["sky", "grass"], np.zeros((64, 64, 3), np.uint8), "Got an image as text: the image comes first"),
+        ("sky", [np.zeros((64, 64, 3), np.uint8)], "Got an image as text: the image comes first"),
+        (np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), int), "label maps go to segmentation_maps"),
+    ],
+)
+def test_arguments_in_each_others_place(processor, images, text, message):
+    """A message about pixels that are no strings, or names that are no files."""
+    with pytest.raises(ValueError, match=message):
+        processor(images, text)

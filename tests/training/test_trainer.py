@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import EvalPrediction
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from san_hf import from_pretrained
 from san_hf.data import load_segmentation_dataset
 from san_hf.hub import save_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.training import SegmentationCollator, TrainingTransform
-from san_hf.training.hf_trainer import EvaluationExamples, TrainerMetrics, TrainingExamples
+from san_hf.training.hf_trainer import EvaluationExamples, SANTrainer, TrainerMetrics, TrainingExamples
 from san_hf.training.stream import SampleStream, build_loader
-from tests.tiny import tiny_config, tiny_tokenizer
+from tests.tiny import segmenting_model, tiny_config, tiny_tokenizer
 
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_with_trainer.py"
@@ -166,6 +166,131 @@ def test_label_maps_of_padded_labels(folder):
         metrics.label_maps(logits, None)
     with pytest.raises(ValueError, match="batch_eval_metrics=True"):
         metrics(EvalPrediction(plain, labels))
+
+
+# --- Trainer
+
+
+def equal_points(*size: int, **kwargs) -> torch.Tensor:
+    """Instead of torch.rand: the same points for every mask, wherever it stands in a batch."""
+    return (torch.arange(size[-2] * size[-1]) * 0.618 % 1).reshape(size[-2:]).expand(size).clone()
+
+
+def first_step(folder: Path, tmp_path: Path, monkeypatch, size: int, parts: int) -> tuple[float, float]:
+    """The loss and the norm of the gradient of a step with `parts` batches of `size` images."""
+    model, processor = from_pretrained(folder / "model")
+    data = data_of(folder, "train")
+    model.set_vocabulary(data.class_names, **processor(text=data.class_names, return_tensors="pt"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=parts,
+        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, max_grad_norm=1.0,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    transform = TrainingTransform(64, scales=(1.0,), color_jitter=False, flip=False)
+    monkeypatch.setattr(torch, "rand", equal_points)
+    trainer = SANTrainer(
+        model, arguments, SegmentationCollator(processor), train_dataset=TrainingExamples(data, transform, length=4)
+    )
+    trainer.train()
+    monkeypatch.undo()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return entry["loss"], entry["grad_norm"]
+
+
+def test_accumulation_is_the_larger_batch(folder, tmp_path, monkeypatch):
+    """Each batch divided by its own masks: another loss and another gradient than the same images in one batch."""
+    # One image shows a single class, so that batches differ in their masks.
+    shutil.copytree(folder, tmp_path / "copy")
+    label = tmp_path / "copy" / "data" / "train" / "labels" / "0.png"
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(label)
+    whole = first_step(tmp_path / "copy", tmp_path, monkeypatch, size=4, parts=1)
+    for size in (1, 2):
+        parts = first_step(tmp_path / "copy", tmp_path, monkeypatch, size, parts=4 // size)
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def evaluated(folder: Path, tmp_path: Path, trainer_class=SANTrainer, ignore_index=255, collator_index=None, **options):
+    """What `Trainer` says of a model that gives more than one label."""
+    model, processor = segmenting_model(), from_pretrained(folder / "model")[1]
+    data = load_segmentation_dataset(folder / "data", "validation")
+    model.set_vocabulary(data.class_names, **processor(text=data.class_names, return_tensors="pt"))
+    model.config.semantic_loss_ignore_index = ignore_index
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=1, **options
+    )
+    trainer = trainer_class(
+        model,
+        arguments,
+        SegmentationCollator(processor, ignore_index if collator_index is None else collator_index),
+        eval_dataset=EvaluationExamples(data, processor),
+        compute_metrics=(metrics := TrainerMetrics(processor, 3, ignore_index)),
+        **({} if trainer_class is SANTrainer else {"preprocess_logits_for_metrics": metrics.label_maps}),
+    )
+    return trainer.evaluate()
+
+
+def test_evaluates_as_it_is(folder, tmp_path):
+    """
+    Nothing to be set by hand, and nothing silently empty: transformers takes the labels from SAN's own signature, in
+    its own `Trainer`, too.
+    """
+    ours = evaluated(folder, tmp_path)
+    plain = evaluated(folder, tmp_path, Trainer, remove_unused_columns=False, batch_eval_metrics=True)
+    for name in ("eval_loss", "eval_mIoU", "eval_pACC"):
+        assert np.isfinite(ours[name]) and plain[name] == pytest.approx(ours[name], rel=0.2 if "loss" in name else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, but SAN classifies masks"),
+        ({"collator_index": 7}, "semantic_loss_ignore_index is 255, data_collator.ignore_index is 7"),
+        ({"trainer_class": Trainer}, "remove_unused_columns=False"),
+        ({"trainer_class": Trainer, "remove_unused_columns": False, "label_names": ["mask"]}, "label_names=."),
+        (
+            {"trainer_class": Trainer, "remove_unused_columns": False, "label_smoothing_factor": 0.1},
+            "leave label_smoothing_factor at 0",
+        ),
+        ({"ignore_index": 2}, "ignore index 2 is also one of the 3 classes"),
+    ],
+)
+def test_trainer_says_what_to_set(folder, tmp_path, options, message):
+    """A KeyError from the depths, an evaluation without metrics, or one that counts unlabelled pixels."""
+    with pytest.raises(ValueError, match=message):
+        evaluated(folder, tmp_path, **options)
+
+
+def test_plain_trainer_does_not_accumulate(folder, tmp_path):
+    """transformers' own `Trainer` can't tell the model of the other batches: refused, not another loss."""
+    model, processor = from_pretrained(folder / "model")
+    data = data_of(folder, "train")
+    model.set_vocabulary(data.class_names, **processor(text=data.class_names, return_tensors="pt"))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, gradient_accumulation_steps=2, report_to="none", use_cpu=True,
+        remove_unused_columns=False, per_device_train_batch_size=1,
+    )  # fmt: skip
+    examples = TrainingExamples(data, TrainingTransform(32), length=2)
+    trainer = Trainer(model, arguments, SegmentationCollator(processor), train_dataset=examples)
+    with pytest.raises(ValueError, match="use san_hf.training.SANTrainer in place of Trainer"):
+        trainer.train()
+
+
+def test_augmentation_and_collator_fit(folder):
+    """What the transform gives, the collator takes; a transform that pads with another label is refused."""
+    _, processor = from_pretrained(folder / "model")
+    data = data_of(folder, "train")
+    image, label_map, _ = data[0]
+    pair = TrainingTransform(32)(image, label_map, np.random.default_rng(0))
+    as_dictionary = {"image": pair[0], "label_map": pair[1]}
+    batches = [SegmentationCollator(processor)([example, example]) for example in (pair, as_dictionary)]
+    assert torch.equal(batches[0]["pixel_values"], batches[1]["pixel_values"])
+    assert torch.equal(batches[0]["labels"], batches[1]["labels"]) and batches[0]["labels"].shape == (2, 32, 32)
+    with pytest.raises(ValueError, match=r"pads with the label 254, .*TrainingTransform\(..., ignore_index=255\)"):
+        TrainingExamples(data, TrainingTransform(32, ignore_index=254), length=2)
+    with pytest.raises(ValueError, match="the image first"):
+        TrainingTransform(32)(label_map, image, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="Example 0 has no label_map"):
+        SegmentationCollator(processor)([{"image": pair[0]}])
 
 
 # --- the script
