@@ -140,10 +140,21 @@ def sum_over_processes(counts: torch.Tensor, device: torch.device) -> torch.Tens
     return counts
 
 
-def accumulates_gradients() -> bool:
-    """Whether Accelerate, which `Trainer` uses, too, says that the gradients of this batch are but a part of a step."""
+def check_whole_step() -> None:
+    """
+    Raises:
+        ValueError: Accelerate, which `Trainer` uses, too, says that this batch is but a part of a step.
+    """
     accelerate = sys.modules.get("accelerate.state")  # not imported here: models don't need it
-    return accelerate is not None and not accelerate.GradientState().sync_gradients
+    if accelerate is None or (state := accelerate.GradientState()).sync_gradients:
+        return
+    # It outlives a training that ends here or was interrupted; one that does accumulate sets it for each batch.
+    state._set_sync_gradients(True)
+    raise ValueError(
+        "Gradients are accumulated over several batches, and the loss has to be divided by what all of them show: use "
+        "san_hf.training.SANTrainer in place of Trainer, or pass target_counts (see "
+        "SANForSemanticSegmentation.count_targets) in a loop of your own; or one larger batch."
+    )
 
 
 def mask_classification_loss(

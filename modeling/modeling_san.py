@@ -28,7 +28,7 @@ from transformers.utils.generic import can_return_tuple
 from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
 from .configuration_san import SANConfig, check_carried_names
 from .loss_san import (
-    accumulates_gradients,
+    check_whole_step,
     classes_of_maps,
     count_targets,
     mask_classification_loss,
@@ -704,12 +704,8 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("mask_labels and class_labels go together; got only one of them.")
         learns = self.training and torch.is_grad_enabled() and (labels is not None or class_labels is not None)
-        if learns and target_counts is None and not torch.compiler.is_compiling() and accumulates_gradients():
-            raise ValueError(
-                "Gradients are accumulated over several batches, and the loss has to be divided by what all of them "
-                "show: use san_hf.training.SANTrainer in place of Trainer, or pass target_counts (see "
-                "SANForSemanticSegmentation.count_targets) in a loop of your own; or one larger batch."
-            )
+        if learns and target_counts is None and not torch.compiler.is_compiling():
+            check_whole_step()
         return mask_labels, class_labels, target_counts
 
     @can_return_tuple

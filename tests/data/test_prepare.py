@@ -666,5 +666,6 @@ def test_the_page():
     }
     commands = set(re.findall(r"`san-hf prepare (\S+) --source \S+ --output \S+", page))
     assert commands == set(BENCHMARKS) - {"pascal-context-459"}  # "likewise"
-    options = {option for parameter in get_command(app).commands["prepare"].params for option in parameter.opts}
+    described = [get_command(app).commands[name] for name in ("prepare", "evaluate")]
+    options = {option for command in described for parameter in command.params for option in parameter.opts}
     assert set(re.findall(r"[ \[`(](--[a-z-]+)", page)) <= options

@@ -147,6 +147,6 @@ def test_no_such_revision_file_or_repository(hub):
 def test_something_else_under_the_name(hub, tmp_path):
     """Catches a page of a proxy that is kept as if it were a conversion."""
     hub.repositories[HUB_REPO][-1]["san_vit_b_16.pth"] = b"<html>please log in</html>"
-    with pytest.raises(ConversionError, match="san_vit_b_16.pth' can't be read as a checkpoint"):
+    with pytest.raises(ConversionError, match="san_vit_b_16.pth' is a web page"):
         resolve(ALIAS)
     assert not list((tmp_path / "hf_home" / "san_hf").rglob("config.json"))
