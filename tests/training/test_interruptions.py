@@ -23,7 +23,7 @@ from san_hf.training.config import TrainingConfig
 from san_hf.training.loop import train
 from san_hf.training.run_log import shown_losses
 from san_hf.training.stream import SampleStream
-from tests.training.training_runs import Run, basics, configure, read_log, weights, write_images, write_model
+from tests.training.training_runs import Run, basics, configure, read_log, weights, write_images, write_root
 
 
 SHORT = ("training.steps=2", "training.batch_size=2", "data.validation_split=null")
@@ -32,11 +32,7 @@ SHORT = ("training.steps=2", "training.batch_size=2", "data.validation_split=nul
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A tiny model and a tiny data set."""
-    folder = tmp_path_factory.mktemp("interruptions")
-    write_model(folder / "model")
-    write_images(folder / "data", "train", 6)
-    write_images(folder / "data", "validation", 2)
-    return folder
+    return write_root(tmp_path_factory.mktemp("interruptions"), training=6, validation=2)
 
 
 def names(folder: Path) -> list[str]:

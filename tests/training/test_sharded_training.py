@@ -17,7 +17,7 @@ from san_hf.training.loop import train
 from san_hf.training.processes import check_launch, check_shared, warn_of_threads
 from san_hf.training.sharding import check_engine
 from tests.tiny import tiny_config
-from tests.training.training_runs import Run, configure, read_log, weights, write_images, write_model
+from tests.training.training_runs import Run, configure, read_log, weights, write_root
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
@@ -60,12 +60,7 @@ def train_with(engine: str | None, config: TrainingConfig, resume: bool = False)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("runs")
-    write_model(root / "model")
-    write_images(root / "data", "train", 11)
-    write_images(root / "more", "validation", 4)
-    shutil.move(root / "more" / "validation", root / "data" / "validation")
-    return root
+    return write_root(tmp_path_factory.mktemp("runs"), training=11, validation=4)
 
 
 SETTINGS = [

@@ -38,8 +38,7 @@ from tests.training.training_runs import (
     configure,
     read_log,
     weights,
-    write_images,
-    write_model,
+    write_root,
 )
 
 
@@ -51,11 +50,7 @@ CURVE = ROOT / "tests" / "fixtures" / "training" / "loss_curve.json"
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """A tiny model and a tiny data set."""
-    folder = tmp_path_factory.mktemp("training")
-    write_model(folder / "model")
-    write_images(folder / "data", "train", 10)
-    write_images(folder / "data", "validation", 3)
-    return folder
+    return write_root(tmp_path_factory.mktemp("training"), training=10, validation=3)
 
 
 @pytest.fixture(scope="module")

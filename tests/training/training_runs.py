@@ -52,6 +52,14 @@ def write_images(folder: Path, split: str, count: int) -> None:
         Image.fromarray(labels).save(folder / split / "labels" / f"{number:03}.png")
 
 
+def write_root(folder: Path, training: int, validation: int) -> Path:
+    """`folder`, with a tiny model and a tiny data set of so many images."""
+    write_model(folder / "model")
+    write_images(folder / "data", "train", training)
+    write_images(folder / "data", "validation", validation)
+    return folder
+
+
 def configure(root: Path, output: Path, *overrides: str) -> TrainingConfig:
     """A short run on the CPU, on `root`/model and `root`/data."""
     return load_config(None, [*basics(root, output), *overrides])
