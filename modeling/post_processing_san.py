@@ -5,7 +5,7 @@ are asked for.
 Shapes: Q queries, C classes, h x w the masks' grid, H x W the label map. Sizes are (height, width), in pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,13 +197,9 @@ def check_sizes(sizes, batch_size: int, name: str) -> list[tuple[int, int]] | No
 class SemanticSegmentationPostProcessing:
     """The image processor's second half: label maps from the model's outputs."""
 
-    def resized_sizes(self, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The sizes that the processor resizes images of these sizes to."""
-        raise NotImplementedError
-
-    def padded_size(self, sizes: list[tuple[int, int]]) -> tuple[int, int]:
-        """The size that the processor pads a batch of images of these sizes, once resized, to."""
-        raise NotImplementedError
+    # The first half's: the sizes it resizes images of these sizes to, and the one it pads a batch of these to.
+    resized_sizes: Callable[[list[tuple[int, int]]], list[tuple[int, int]]]
+    padded_size: Callable[[list[tuple[int, int]]], tuple[int, int]]
 
     @torch.no_grad()
     def post_process_semantic_segmentation(
