@@ -23,12 +23,13 @@ def notify(text: str) -> None:
 
 def one_line(error: BaseException) -> str:
     """
-    An error's message in one line without a full stop: of an `OSError` the reason alone, without number and file; of
-    an error without a message its type.
+    An error's message in one line without a full stop: the first line, and the following ones as long as a colon
+    announces them; of an `OSError` the reason alone, without number and file; of an error without a message its type.
     """
     text = getattr(error, "strerror", None) or str(error)
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
-    return (without_passwords(lines[0]).rstrip(".") if lines else "") or type(error).__name__
+    announced = next((number for number, line in enumerate(lines) if not line.endswith(":")), len(lines))
+    return without_passwords(" ".join(lines[: announced + 1])).rstrip(".") or type(error).__name__
 
 
 def join_some(items: Iterable[object], limit: int = 8) -> str:

@@ -18,6 +18,11 @@ from san_hf.messages import escape_markdown, for_terminal, join_some, one_line, 
         (KeyError("x"), "'x'"),
         (ConnectionError(None), "None"),
         (ValueError("..."), "ValueError"),
+        (
+            TypeError("Error of a field:\n    in a check:\n  too large.\n  more"),
+            "Error of a field: in a check: too large",
+        ),
+        (ValueError("Expected:"), "Expected:"),
     ],
 )
 def test_one_line(error, expected):

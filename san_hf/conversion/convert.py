@@ -324,7 +324,8 @@ def read_config(path: str | Path) -> SANConfig:
     try:
         return SANConfig.from_dict(values)
     except Exception as error:  # values that no size can have fail where they are first used
-        reason = str(error) if isinstance(error, StrictDataclassError | TypeError | ValueError) else repr(error)
+        expected = isinstance(error, StrictDataclassError | TypeError | ValueError)
+        reason = one_line(error) if expected else repr(error)
         raise ConversionError(f"'{path}' isn't a valid configuration: {reason}") from error
 
 

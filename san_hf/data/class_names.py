@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from san_hf.messages import join_some, one_line
+from san_hf.paths import expand_path
 from san_hf.vocabularies import EXPANSIONS, VOCABULARIES, load_vocabulary
 
 from .errors import DataError
@@ -48,6 +49,10 @@ def read_class_names(source: str | os.PathLike | Iterable[str] | Mapping, skip_b
         path = os.fspath(source)
         if path in VOCABULARIES:
             return load_vocabulary(path)
+        try:
+            path = expand_path(path)
+        except ValueError as error:
+            raise DataError(str(error)) from error
         where = f"the class list '{path}'"
         if Path(path).suffix.lower() == ".json":
             names = _read_json(_read_text(path), where)

@@ -13,6 +13,8 @@ from PIL import Image
 from san_hf.data import SegmentationDataset
 from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.inference.predictor import Predictor, evaluation_mode
+from san_hf.legend import numbered_names, numbers_note
+from san_hf.messages import notify
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.visualization import COMPARISON_SIZE, Comparison, draw_comparisons
 
@@ -133,7 +135,7 @@ def draw_kept(
 ) -> Image.Image:
     """
     Draws examples that evaluations have kept, a row for each: image, ground truth, and for each model its prediction
-    and its errors, with the image's own mIoU.
+    and its errors, with the image's own mIoU. Names that no font can write are drawn as numbers; a notice lists them.
 
     Args:
         columns: each model's examples by their index, by what to call the model.
@@ -152,6 +154,8 @@ def draw_kept(
         )
         for index, title in titles.items()
     ]
+    if numbered := numbered_names(class_names):
+        notify(numbers_note(numbered))
     return draw_comparisons(comparisons, class_names, ignore_index)
 
 

@@ -24,6 +24,7 @@ from san_hf.inference import Vocabulary
 from san_hf.launcher import end_with_launcher
 from san_hf.messages import escape_markdown, one_line
 from san_hf.modeling import SANForSemanticSegmentation
+from san_hf.paths import expand_path
 
 from .augmentation import TrainingTransform
 from .checkpoint import list_checkpoints, load_checkpoint, note_evaluation, save_checkpoint
@@ -389,7 +390,7 @@ class Run:
         """Facts for the card of a trained model."""
         config = self.config
         start, source = (
-            escape_markdown(Path(name).name if os.path.exists(os.path.expanduser(name)) else name)
+            escape_markdown(Path(name).name if os.path.exists(expand_path(name)) else name)
             for name in (config.model.checkpoint or config.model.clip or "", config.data.source)
         )
         training = (

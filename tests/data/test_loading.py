@@ -286,7 +286,7 @@ def test_splits_and_sources_that_are_not_there(pairs, repository, tmp_path):
         load_segmentation_dataset(file, "train")
 
 
-def test_class_lists(tmp_path):
+def test_class_lists(tmp_path, monkeypatch):
     """Catches names by another label than the file gives them."""
 
     def write(name: str, text: str) -> Path:
@@ -297,6 +297,10 @@ def test_class_lists(tmp_path):
     assert read_class_names(write("list.json", '["sky", "road"]')) == ["sky", "road"]
     reordered = {str(label): f"class {label}" for label in (2, 10, 0, 1, 9, 3, 4, 5, 6, 7, 8)}
     assert read_class_names(write("id2label.json", json.dumps(reordered))) == [f"class {i}" for i in range(11)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_class_names("~/list.json") == read_class_names("$HOME/list.json") == ["sky", "road"]
+    with pytest.raises(DataError, match="NO_SUCH_VARIABLE, which isn't set"):
+        read_class_names("$NO_SUCH_VARIABLE/list.txt")
     assert read_class_names("voc")[0] == "aeroplane" and len(read_class_names("pascal-context-459")) == 459
     for text, message in (
         ("sky\n\nroad\n", "a blank class name at position 1"),
