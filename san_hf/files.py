@@ -30,9 +30,6 @@ from san_hf.locks import try_lock
 _TEMPORARY_NAME = re.compile(r"\.(?P<target>.+)\.[0-9a-f]{16}\.(?P<kind>partial|replaced)", re.DOTALL)
 # Where there are no locks, what is older than this was left behind.
 _SECONDS_TO_WRITE = 24 * 3600
-# Separators, control characters, halves of surrogate pairs, and what Windows refuses.
-_NO_NAME = re.compile('[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\ud800-\udfff<>:"|?*\\\\/]')
-_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])( *\..*)?", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # What a disk that can't take more, or anything, says.
 DISK_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
@@ -156,19 +153,6 @@ def honour_umask(folder: str | os.PathLike) -> None:
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink():
             file.chmod(stat.S_IMODE(file.stat().st_mode) | allowed)
-
-
-def folder_name(name: str) -> str:
-    """
-    A name from data, such as a data set's, as the name of one file or folder on any system: no separators, no control
-    characters or others that Windows refuses, none of Windows's devices, not hidden, at most 200 bytes long, not empty.
-    Ordinary names stay as they are, but for "/", which becomes "--".
-    """
-    tidy = _NO_NAME.sub("_", name.strip().strip("/").replace("/", "--"))
-    tidy = tidy.encode("utf-8")[:200].decode("utf-8", "ignore").rstrip(" .")
-    if not tidy or tidy.startswith(".") or _DEVICE.fullmatch(tidy):
-        tidy = f"_{tidy}"
-    return tidy
 
 
 def remove_files(folder: str | os.PathLike, patterns: Iterable[str]) -> None:

@@ -1,10 +1,11 @@
-"""Paths as people write them, and the images below a folder."""
+"""Paths as people write them, names from data as names of files, and the images below a folder."""
 
 import os
 import re
 import stat
+import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from san_hf.messages import join_some, printable
 
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})")
+# Separators, control characters, halves of surrogate pairs, and what Windows refuses.
+_NO_NAME = re.compile('[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\ud800-\udfff<>:"|?*\\\\/]')
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])( *\..*)?", re.IGNORECASE)
 # Formats that Pillow recognises, but decodes with the help of other libraries only.
 _STUBS = {"BUFR", "GRIB", "HDF5", "MPEG"}
 # Endings of images that Pillow can't read, or only when it was built or extended to.
@@ -41,6 +45,40 @@ def expand_path(path: str | os.PathLike) -> str:
                 f"The path '{printable(path)}' has the environment variable {name or '${}'}, which isn't set."
             )
     return os.path.expandvars(text)
+
+
+def folder_name(name: str) -> str:
+    """
+    A name from data, such as a data set's, as the name of one file or folder on any system: no separators, no control
+    characters or others that Windows refuses, none of Windows's devices, not hidden, at most 200 bytes long, not empty.
+    Ordinary names stay as they are, but for "/", which becomes "--".
+    """
+    tidy = _NO_NAME.sub("_", name.strip().strip("/").replace("/", "--"))
+    tidy = tidy.encode("utf-8")[:200].decode("utf-8", "ignore").rstrip(" .")
+    if not tidy or tidy.startswith(".") or _DEVICE.fullmatch(tidy):
+        tidy = f"_{tidy}"
+    return tidy
+
+
+def paths_for(names: Iterable[Sequence[str]], folder: Path) -> list[Path]:
+    """
+    A path of its own below a folder for each name from data, whatever it is: see [`folder_name`].
+
+    Args:
+        names: folders' names and at last the own one of each. Of names that a file system may take for equal (capitals,
+            accents as letters of their own), the later ones get a number.
+        folder: above all of them.
+    """
+    taken, paths = set(), []
+    for name in names:
+        *above, own = map(folder_name, name)
+        path, number = Path(*above, own), 1
+        while (key := unicodedata.normalize("NFC", str(path)).casefold()) in taken:
+            number += 1
+            path = Path(*above, f"{own}-{number}")
+        taken.add(key)
+        paths.append(folder / path)
+    return paths
 
 
 @dataclass

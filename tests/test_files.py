@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 
 from san_hf import files
 from san_hf.files import (
-    folder_name,
     json_text,
     new_file,
     new_folder,
@@ -26,6 +25,7 @@ from san_hf.files import (
     remove_leftovers,
     write_file,
 )
+from san_hf.paths import folder_name
 
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="modes, links, locks and SIGKILL are POSIX's")

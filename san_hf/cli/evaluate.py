@@ -48,9 +48,10 @@ from san_hf.cli.options import (
     value_of,
 )
 from san_hf.data.benchmarks import BENCHMARKS
-from san_hf.files import folder_name, remove_files
+from san_hf.files import remove_files
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.messages import join_some
+from san_hf.paths import paths_for
 
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def evaluate(
         from san_hf.data import set_aside
 
         all_data = [set_aside(data, validation_split, seed)[1] for data in all_data]
-    folders = name_folders([data.name for data in all_data], output)
+    folders = paths_for([(data.name,) for data in all_data], output)
     with ExitStack() as locks:
         open_folders(folders, resume, overwrite, accelerator, locks)
         models = load_models([model, *([compare_with] if compare_with else [])], device, dtype.value, accelerator)
@@ -359,20 +360,6 @@ def remove_drawings(folders: Sequence[Path]) -> None:
         (folder / PICTURES_FILE).unlink(missing_ok=True)
         remove_files(folder / COMPARED_FOLDER / PROGRESS_FOLDER, PROGRESS_FILES)
         remove_files(folder / COMPARED_FOLDER, written_files())
-
-
-def name_folders(names: Sequence[str], output: Path) -> list[Path]:
-    """A folder below `output` for each data set; of equal names, later ones get a number."""
-    folders: list[Path] = []
-    for name in names:
-        tidy, number = folder_name(name), 1
-        folder = output / tidy
-        # Some file systems don't tell capitals from small letters.
-        while str(folder).casefold() in {str(other).casefold() for other in folders}:
-            number += 1
-            folder = output / f"{tidy}-{number}"
-        folders.append(folder)
-    return folders
 
 
 def written_files() -> tuple[str, ...]:

@@ -31,7 +31,7 @@ from san_hf.data.class_names import is_class_list, read_class_names, refuse_sepa
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.inference.writers import FORMATS, output_files
 from san_hf.messages import join_some, printable
-from san_hf.paths import expand_path, list_images
+from san_hf.paths import expand_path, list_images, paths_for
 from san_hf.progress import PlainConsole, progress_bar
 
 
@@ -130,7 +130,7 @@ def segment(
     sources = report_missing(named, classes)
     missing = len(named) - len(sources)
     wanted = [choice.value for choice in formats]
-    stems = name_outputs([name for _, name in sources], output)
+    stems = paths_for([(*name.parts[:-1], name.stem) for _, name in sources], output)
     # The names are those of all images, whatever the part.
     jobs = [(Path(source), stem) for (source, _), stem in zip(sources, stems)][part[0] - 1 :: part[1]]
     if not jobs:
@@ -278,7 +278,7 @@ def split_names(line: str) -> list[str]:
 
 def find_images(patterns: list[str], output: Path) -> list[tuple[str, Path]]:
     """
-    The files that are meant, each once, and for each a relative path to name its outputs after (without extension).
+    The files that are meant, each once, and for each a relative path to name its outputs after.
 
     A file is taken as it is; of a folder, everything below it with an image's ending, except for hidden files and the
     output folder: see [`san_hf.paths.list_images`]. Anything else is a pattern. What doesn't exist stays, to be
@@ -291,36 +291,21 @@ def find_images(patterns: list[str], output: Path) -> list[tuple[str, Path]]:
             left_out = listing.describe_left_out()
             if not listing.files:
                 fail(f"There is no image in the folder '{printable(pattern)}'. {left_out}".strip())
-            matches = [(str(path), path.relative_to(listing.folder).with_suffix("")) for path in listing.files]
+            matches = [(str(path), path.relative_to(listing.folder)) for path in listing.files]
         elif not os.path.exists(pattern) and glob.has_magic(pattern):
             all_matches = sorted(glob.glob(pattern, recursive=True))
-            matches = [(file, Path(Path(file).stem)) for file in all_matches if os.path.isfile(file)]
+            matches = [(file, Path(Path(file).name)) for file in all_matches if os.path.isfile(file)]
             others = [printable(file) for file in all_matches if not os.path.isfile(file)]
             left_out = f"Left out of '{printable(pattern)}': no files: {join_some(others, 4)}." if others else ""
             if not matches:
                 fail(f"Nothing matches the pattern '{printable(pattern)}'. {left_out}".strip())
         else:
-            left_out, matches = "", [(pattern, Path(Path(pattern).stem))]
+            left_out, matches = "", [(pattern, Path(Path(pattern).name))]
         if left_out:
             show(left_out, error=True)
         for match in matches:
             found.setdefault(os.path.realpath(match[0]), match)
     return list(found.values())
-
-
-def name_outputs(names: list[Path], output: Path) -> list[Path]:
-    """A path below `output` for each image; equal ones, also where capitals don't count, get a number."""
-    taken, stems = set(), []
-    for name in names:
-        # File systems allow names of 255 bytes; endings take some of them.
-        name = name.with_name(os.fsdecode(os.fsencode(name.name)[:200]))
-        stem, number = name, 1
-        while str(stem).casefold() in taken:
-            number += 1
-            stem = name.with_name(f"{name.name}-{number}")
-        taken.add(str(stem).casefold())
-        stems.append(output / stem)
-    return stems
 
 
 def check_outputs(images: list[Path], stems: list[Path], formats: list[str], overwrite: bool) -> None:

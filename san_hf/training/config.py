@@ -9,6 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from san_hf.modeling import SANConfig
+from san_hf.paths import folder_name
+
+
+# What a run calls its files and folders, without their endings.
+RUN_FILES = {"best", "checkpoints", "config", "final", "log", "pictures"}
 
 
 class ConfigError(ValueError):
@@ -201,7 +206,17 @@ class CheckpointSection(Section):
 class LoggingSection(Section):
     every: int = resumable_field(20, "Steps between lines on the console. `log.jsonl` has every step.", ge=1)
     trackers: list[Literal["tensorboard", "wandb"]] = resumable_field([], "Where to send metrics and drawings, too.")
-    project: str = resumable_field("san-hf", "The trackers' project.")
+    project: str = resumable_field("san-hf", "The trackers' project; for TensorBoard, a folder in the run's.")
+
+    @model_validator(mode="after")
+    def check(self):
+        # Whatever tracker will be used: the run's folder may hold nothing of that name, and is not to be left.
+        if self.project != folder_name(self.project) or self.project.partition(".")[0].casefold() in RUN_FILES:
+            raise ValueError(
+                f"project is {self.project!r:.100}, expected a name that can be a folder's beside the run's files, "
+                "such as san-hf"
+            )
+        return self
 
 
 class HubSection(Section):

@@ -231,6 +231,23 @@ def test_folders_patterns_and_names(run, photo):
     }
 
 
+def test_odd_names_stay_in_the_output_folder(run, photo):
+    """Catches files beside the output folder, hidden, or of one name, whatever the images are called."""
+    names = ["..png", ".png", "...png", " .png", "a\nb.png", "a\x1b[2Jb.png", "b?.png", "b_.png", "A.png", "a.png"]
+    names += ["a/..png", "猫" * 83 + ".png", "猫" * 82 + "x.png", "u\u0308.png", "ü.png", os.fsdecode(b"\xff.png")]
+    for name in names:
+        Path("in", name).parent.mkdir(exist_ok=True, parents=True)
+        photo.save(os.fsencode(f"in/{name}"), format="png")
+    os.symlink("../A.png", "in/a/link.png")  # the same image
+    before = set(Path(".").rglob("*"))
+    result = run(*(f"in/{name}" for name in names), "in/a/../a/link.png", "-f", "json", "-f", "mask")
+    assert "\x1b" not in result.output
+    written = [path for path in Path(".").rglob("*") if path not in before and path.is_file()]
+    visible = {path for path in written if not path.name.startswith(".")}
+    assert all(path.parent == Path("outputs") for path in written) and len(visible) == 2 * len(names)
+    assert len({str(path).casefold() for path in visible}) == len(visible)
+
+
 def test_a_folder_that_holds_the_output(run, photo):
     """Catches a second run that segments the pictures of the first."""
     photo.save("photo.png")

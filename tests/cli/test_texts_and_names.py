@@ -6,7 +6,8 @@ import pytest
 import typer
 
 from san_hf.cli import console, results
-from san_hf.cli.evaluate import check_folder, name_folders, remove_drawings
+from san_hf.cli.evaluate import check_folder, remove_drawings
+from san_hf.paths import paths_for
 from san_hf.progress import progress_bar
 
 
@@ -62,7 +63,7 @@ class FakeReport:
 def test_folders_of_data_sets(tmp_path):
     """Catches results that are written above the output folder, or two sets in one where capitals don't count."""
     names = ["..", "voc", "VOC", "../x", "a/b", "", "x" * 300]
-    folders = name_folders(names, tmp_path)
+    folders = paths_for([(name,) for name in names], tmp_path)
     assert all(folder.resolve().parent == tmp_path.resolve() for folder in folders)
     assert len({str(folder).casefold() for folder in folders}) == len(names)
     assert [folders[1].name, folders[2].name, folders[4].name] == ["voc", "VOC-2", "a--b"]

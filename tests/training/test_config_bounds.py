@@ -1,5 +1,7 @@
 """Configurations that ask for more memory or time than their bytes are worth."""
 
+import json
+
 import pytest
 
 from san_hf.training.config import ConfigError
@@ -42,3 +44,14 @@ def test_aliases_that_are_meant(tmp_path):
     (tmp_path / "c.yaml").write_text("output: &name runs/x\nmodel: {checkpoint: *name}\ndata: {source: *name}\n")
     config = load_config(tmp_path / "c.yaml")
     assert config.output == config.model.checkpoint == config.data.source == "runs/x"
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../x", "/tmp/x", "a\\b", "x" * 300, "a\nb", "checkpoints", "Log.jsonl"]
+)
+def test_projects_stay_in_the_runs_folder(name):
+    """Catches a tracker's project that makes folders elsewhere, or among the run's own files."""
+    required = ["output=runs/x", "model.checkpoint=x", "data.source=x"]
+    with pytest.raises(ConfigError, match=r"logging: project is .*, expected a name"):
+        load_config(None, [*required, f"logging.project={json.dumps(name)}"])
+    assert load_config(None, [*required, "logging.project=my streets"]).logging.project == "my streets"
