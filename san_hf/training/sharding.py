@@ -6,6 +6,7 @@ from typing import Any
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import broadcast
 from torch import nn
+from torch.distributed.fsdp import StateDictType
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -38,12 +39,17 @@ def check_engine(accelerator: Accelerator) -> None:
                 "over several GPUs only. Leave it out (accelerate config, or the options of accelerate launch): "
                 "without it, each process holds the whole model."
             )
-    if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version == 1:
-        # Seen with torch 2.13 and Accelerate 1.15, with full and with sharded states: a resumed run learns otherwise.
-        raise ConfigError(
-            "FSDP1 was asked for, whose optimiser doesn't come back as it was when a run is resumed: choose FSDP2 "
-            "(fsdp_version: 2 in Accelerate's configuration, --fsdp_version 2, or FSDP_VERSION=2)."
-        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version == 1 and plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+            # Accelerate (1.15) reads the optimiser's states into those that it has, which are none before its first
+            # step: a resumed run would go on without them.
+            raise ConfigError(
+                f"FSDP1 was asked for with {plugin.state_dict_type.name}, whose optimiser doesn't come back when a run "
+                "is resumed: choose FULL_STATE_DICT (fsdp_state_dict_type in Accelerate's configuration, "
+                "--fsdp_state_dict_type, or FSDP_STATE_DICT_TYPE), or FSDP2 (fsdp_version: 2, --fsdp_version 2, or "
+                "FSDP_VERSION=2)."
+            )
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise ConfigError("Megatron-LM was asked for, which has no SAN: choose DDP, FSDP or DeepSpeed instead.")
 
@@ -89,6 +95,9 @@ def prepare_for_engine(
                 "FSDP was told to wrap modules by their size (SIZE_BASED_WRAP), which takes apart what belongs "
                 "together: choose TRANSFORMER_BASED_WRAP, and no classes for it, which takes SAN's own."
             )
+        if plugin.fsdp_version == 1:
+            # Else FSDP1 joins frozen and trained weights, and the optimiser holds what the model has no longer.
+            plugin.use_orig_params = True
     else:
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         # DeepSpeed clips by itself, before Accelerate is asked to; 0 is no clipping.

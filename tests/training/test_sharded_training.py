@@ -4,12 +4,16 @@ import importlib.util
 import os
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FullyShardedDataParallel, _optim_utils, fully_sharded_data_parallel
+from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
+from torch.distributed.fsdp._flat_param import FlatParamHandle
 
 from san_hf.modeling import SANForSemanticSegmentation
 from san_hf.training.config import ConfigError, TrainingConfig
@@ -33,6 +37,8 @@ ENGINES = {
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "FSDP_SYNC_MODULE_STATES": "true",
     },
+    # As accelerate launch has it by default, FSDP_USE_ORIG_PARAMS=false included.
+    "fsdp1": {**FSDP, "FSDP_VERSION": "1", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
     **{f"zero{stage}": {**ZERO, "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)} for stage in (1, 2, 3)},
 }
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
@@ -48,6 +54,21 @@ def pretend_accelerators() -> None:
     os.environ.pop("ACCELERATE_USE_CPU")
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    pretend_cpus_are_devices_of_fsdp1()
+
+
+def pretend_cpus_are_devices_of_fsdp1() -> None:
+    """FSDP1 asks for an accelerator, and takes what it has copied "to the CPU" for copies: here they would be views."""
+    wrap, unflatten = FullyShardedDataParallel.__init__, _optim_utils._unflatten_orig_param_states
+    FullyShardedDataParallel.__init__ = lambda self, *args, device_id, **options: wrap(self, *args, **options)
+    _optim_utils._unflatten_orig_param_states = lambda *args: unflatten(*args[:-1], False)
+    FlatParamHandle.to_cpu = lambda self: nullcontext()
+
+    def use_cpu(state, *_):
+        state._device_handle = _FSDPDeviceHandle(torch.device("cpu"))
+        return state
+
+    fully_sharded_data_parallel._init_device_handle = use_cpu
 
 
 def train_with(engine: str | None, config: TrainingConfig, resume: bool = False) -> Path | None:
@@ -122,10 +143,13 @@ def test_deepspeed_configuration_of_its_own(root):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"), ({"FSDP_VERSION": "1"}, "choose FSDP2")],
+    [
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+        ({"FSDP_VERSION": "1"}, "SHARDED_STATE_DICT"),
+    ],
 )
 def test_fsdp_that_is_refused(root, setting, message):
-    """FSDP units that cut modules whose weights are read from outside; FSDP1, which forgets the optimiser's state."""
+    """FSDP units that cut modules whose weights are read from outside; FSDP1 that forgets the optimiser's state."""
     ENGINES["refused"] = ENGINES["fsdp2"] | setting
     config = configure(root, root / "refused", "training.steps=1")
     for error, said in Run(train_with, "refused", config, processes=2).outcomes():
