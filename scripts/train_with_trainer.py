@@ -20,9 +20,16 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from san_hf.data import DataError, load_segmentation_dataset
+from san_hf.data import DataError, SegmentationDataset
 from san_hf.hub import load_model
-from san_hf.training import SegmentationCollator, TrainingTransform, parameter_groups, polynomial_schedule
+from san_hf.training import (
+    SegmentationCollator,
+    TrainingTransform,
+    load_config,
+    parameter_groups,
+    polynomial_schedule,
+)
+from san_hf.training.data import load_training_data
 from san_hf.training.hf_trainer import EvaluationExamples, SANTrainer, TrainerMetrics, TrainingExamples
 
 
@@ -30,15 +37,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="san-vit-b-16", help="name or folder of the SAN to start from")
     parser.add_argument("--output", required=True, help="folder for checkpoints and, at the end, the model")
-    data = parser.add_argument_group("data", "see san_hf.data.load_segmentation_dataset")
+    data = parser.add_argument_group("data", "as of san-hf train")
     data.add_argument("--data", required=True, help="a folder, or the name of a data set on the Hub")
-    data.add_argument("--train-split", default="train")
-    data.add_argument("--eval-split", default="validation")
+    data.add_argument("--train-split", default="train", help="also a part, such as train[:80%%]")
+    data.add_argument(
+        "--eval-split",
+        type=share_or_name,
+        default="validation",
+        help="or a number between 0 and 1, to set that share of the training split aside, by image and seed",
+    )
+    data.add_argument(
+        "--shared-images",
+        choices=["error", "warn"],
+        default="error",
+        help="what training and evaluation sharing an image is",
+    )
     data.add_argument("--class-names", help="a file or a vocabulary, where the data doesn't say")
     data.add_argument("--image-column")
     data.add_argument("--label-column")
     data.add_argument("--ignore-index", type=int, help="label of unlabelled pixels, where the data doesn't say")
     data.add_argument("--label-shift", type=int, default=0, help="-1 where 0 means unlabelled")
+    data.add_argument("--label-palette", help="of label maps in colours: binary, voc, cityscapes, or a file")
     recipe = parser.add_argument_group("recipe", "the defaults are the paper's, for one device")
     recipe.add_argument("--steps", type=int, default=60_000)
     recipe.add_argument("--batch-size", type=int, default=32, help="images per device and forward pass")
@@ -55,6 +74,36 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--report-to", default="none", help="tensorboard, wandb, ...")
     run.add_argument("--resume", action="store_true", help="go on from the output folder's last checkpoint, if any")
     return parser.parse_args(argv)
+
+
+def share_or_name(text: str) -> float | str:
+    """A share of the training split as a number, the name of a split as it is."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def read_data(options: argparse.Namespace) -> tuple[SegmentationDataset, SegmentationDataset]:
+    """The data to train and to evaluate on, read and compared as `san-hf train` does."""
+    keys = {
+        "source": options.data,
+        "split": options.train_split,
+        "validation_split": options.eval_split,
+        "shared_images": options.shared_images,
+        "image_column": options.image_column,
+        "label_column": options.label_column,
+        "class_names": options.class_names,
+        "ignore_index": options.ignore_index,
+        "label_shift": options.label_shift,
+        "label_palette": options.label_palette,
+    }
+    values = {"output": options.output, "model.checkpoint": options.model, "seed": options.seed}
+    values |= {f"data.{key}": value for key, value in keys.items()}
+    config = load_config(None, [f"{key}={json.dumps(value)}" for key, value in values.items()])
+    train_data, eval_data = load_training_data(config.data, config.seed)
+    assert eval_data is not None  # there is always a split or a share
+    return train_data, eval_data
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -82,20 +131,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     set_seed(options.seed)
     try:
+        train_data, eval_data = read_data(options)
         model, processor = load_model(options.model, torch.float32)
-        train_data, eval_data = (
-            load_segmentation_dataset(
-                options.data,
-                split,
-                image_column=options.image_column,
-                label_column=options.label_column,
-                class_names=options.class_names,
-                ignore_index=options.ignore_index,
-                label_shift=options.label_shift,
-            )
-            for split in (options.train_split, options.eval_split)
-        )
-    except ValueError as error:  # ModelError or DataError: what is wrong with what was asked for, in words
+    except ValueError as error:  # what is wrong with data, model or options, in words
         sys.exit(f"Error: {error}")
 
     names, ignore_index = train_data.class_names, train_data.ignore_index

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from san_hf.data import SegmentationDataset, check_disjoint, load_segmentation_dataset, set_aside
+from san_hf.data import SegmentationDataset
 from san_hf.data.fingerprint import Fingerprint
 from san_hf.evaluation.evaluator import Evaluation, evaluate
 from san_hf.evaluation.pictures import draw_kept
@@ -30,6 +30,7 @@ from .augmentation import TrainingTransform
 from .checkpoint import list_checkpoints, load_checkpoint, note_evaluation, save_checkpoint
 from .collator import SegmentationCollator
 from .config import ConfigError, TrainingConfig
+from .data import load_training_data
 from .errors import TrainingError
 from .folder import RunFolder
 from .model import build_model, set_vocabulary, trains_text
@@ -76,7 +77,7 @@ class Run:
         check_shared(self.accelerator, self.output)
         set_seed(config.seed)
 
-        self.data, self.validation = self._load_data()
+        self.data, self.validation = load_training_data(config.data, config.seed)
         model, self.processor = build_model(config.model, self.data)
         if config.training.gradient_checkpointing:
             # The older name goes once setup.py asks for a transformers that has the newer one.
@@ -249,29 +250,6 @@ class Run:
             raise ConfigError(
                 f"Accelerate can't begin, with training.mixed_precision={precision}: {one_line(error)}."
             ) from error
-
-    def _load_data(self) -> tuple[SegmentationDataset, SegmentationDataset | None]:
-        section = self.config.data
-        options: dict[str, Any] = {
-            "image_column": section.image_column,
-            "label_column": section.label_column,
-            "class_names": section.class_names,
-            "ignore_index": section.ignore_index,
-            "label_shift": section.label_shift,
-            "label_palette": section.label_palette,
-            "streaming": section.streaming,
-        }
-        version: dict[str, Any] = {"config_name": section.config_name, "revision": section.revision}
-        data = load_segmentation_dataset(section.source, section.split, **options, **version)
-        if section.validation_split is None:
-            return data, None
-        if isinstance(section.validation_split, float):
-            return set_aside(data, section.validation_split, self.config.seed)
-        source = section.validation_source or section.source
-        options |= version if section.validation_source is None else {}
-        validation = load_segmentation_dataset(source, section.validation_split, **options)
-        check_disjoint(data, validation, allow=section.shared_images == "warn")
-        return data, validation
 
     def _describe_best(self) -> str:
         if best := self.progress["best"]:

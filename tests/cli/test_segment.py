@@ -276,7 +276,9 @@ def test_any_name(photo, model_folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     written = sorted(map(os.fsencode, list_files(tmp_path / "outputs")))
-    assert written == sorted(name[:-3] + b"json" for name in names)
+    # What is no text, or would be two lines, is no name of ours.
+    tidy = [name.replace(b"\xff", b"_").replace(b"\n", b"_") for name in names]
+    assert written == sorted(name[:-3] + b"json" for name in tidy)
     classes = json.loads((tmp_path / "outputs" / "-dash.json").read_text(encoding="utf-8"))["classes"]
     assert [entry["name"] for entry in classes] == ["\N{CAT}", "{}", "[bold]"]
     assert b"[red]x[bold].png -> " in done.stdout

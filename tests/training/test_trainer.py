@@ -16,8 +16,9 @@ from PIL import Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from san_hf import from_pretrained
-from san_hf.data import load_segmentation_dataset
+from san_hf.data import load_segmentation_dataset, set_aside
 from san_hf.hub import save_pretrained
+from san_hf.messages import Notice
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.training import SegmentationCollator, TrainingTransform
 from san_hf.training.hf_trainer import EvaluationExamples, SANTrainer, TrainerMetrics, TrainingExamples
@@ -298,11 +299,15 @@ def test_augmentation_and_collator_fit(folder):
 OPTIONS = ["--crop-size", "64", "--learning-rate", "0.01", "--max-grad-norm", "1", "--num-workers", "0"]
 
 
-def run_main(*arguments: str):
+def load_script():
     specification = importlib.util.spec_from_file_location("train_with_trainer", SCRIPT)
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
-    return script.main(list(arguments))
+    return script
+
+
+def run_main(*arguments: str):
+    return load_script().main(list(arguments))
 
 
 def measure(folder: Path, data) -> dict[str, float]:
@@ -398,6 +403,10 @@ def test_two_processes(folder, trained, tmp_path):
         (["--data", "nowhere/to/be/found"], "Error: .*nowhere/to/be/found"),
         (["--eval-split", "test"], "Error: .*test"),
         (["--model", "no-such-model"], "Error: .*no-such-model"),
+        (["--eval-split", "train"], "Error: 5 of the 5 validation images of data .* are training images, too"),
+        (["--train-split", "train[:4]", "--eval-split", "train[3:]"], "Error: 1 of the 2 validation images"),
+        (["--eval-split", "1.5"], r"(?s)Error: .*validation_split is 1\.5, expected a split's name, or a number"),
+        (["--label-palette", "nowhere.txt"], r"Error: .*nowhere\.txt"),
     ],
 )
 def test_says_what_is_wrong(folder, tmp_path, arguments, message):
@@ -405,6 +414,28 @@ def test_says_what_is_wrong(folder, tmp_path, arguments, message):
     given = ["--model", str(folder / "model"), "--data", str(folder / "data"), "--output", str(tmp_path), *arguments]
     with pytest.raises(SystemExit, match=message):
         run_main(*given)
+
+
+def test_reads_data_as_the_command_does(folder, tmp_path):
+    """Label maps in colours, and a share set aside: another division or other labels than those of `san-hf train`."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    colors = np.zeros((256, 3), np.uint8)
+    colors[:3] = 255 * np.eye(3)
+    for file in (tmp_path / "data" / "train" / "labels").iterdir():
+        Image.fromarray(colors[np.asarray(Image.open(file))]).save(file)
+    (tmp_path / "palette.txt").write_text("255 0 0 red\n0 255 0 green\n0 0 255 blue\n0 0 0 ignore\n")
+    script = load_script()
+    given = ["--data", str(tmp_path / "data"), "--output", "x", "--label-palette", str(tmp_path / "palette.txt")]
+    training, validation = script.read_data(script.parse_arguments([*given, "--eval-split", "0.34"]))
+    expected = set_aside(data_of(folder, "train"), 0.34, seed=0)
+    for ours, theirs in zip((training, validation), expected):
+        assert ours.class_names == ["red", "green", "blue"] and len(ours) == len(theirs)
+        for (_, labels, name), (_, other_labels, other_name) in zip(ours, theirs):
+            assert name == other_name and np.array_equal(labels, other_labels)
+    with pytest.warns(Notice, match="training images, too"):
+        options = [*given, "--eval-split", "train", "--shared-images", "warn"]
+        training, validation = script.read_data(script.parse_arguments(options))
+    assert len(training) == len(validation)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
