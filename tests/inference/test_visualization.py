@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
+from scipy import ndimage
 
 from san_hf.colors import class_colors, name_colors
 from san_hf.visualization import colorize, draw_overlay
@@ -128,3 +129,36 @@ def test_overlay_refuses(label_map, names, message):
 def test_pillow_has_a_font_that_scales():
     """Catches a Pillow built without FreeType, where names would be drawn in a tiny fixed font."""
     assert isinstance(ImageFont.load_default(20), ImageFont.FreeTypeFont)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 30), (40, 7), (90, 123), (60, 1600)])
+@pytest.mark.parametrize("labels", [2, 300])
+def test_outlines_are_those_of_plain_filters(size, labels):
+    """Catches outlines that a faster way of finding them moves, at edges of the image or with labels beyond a byte."""
+    block = 60 if max(size) >= 1500 else 17
+    blocks = np.random.default_rng(0).integers(0, labels, [-(-side // block) for side in size])
+    label_map = blocks.repeat(block, 0).repeat(block, 1)[: size[0], : size[1]]
+    names = [f"n{label}" for label in range(labels)]
+    image = Image.new("RGB", size[::-1], (100, 100, 100))
+    drawn = np.asarray(draw_overlay(image, label_map, names, np.full((labels, 3), 100, np.uint8)))
+
+    factor, width = max(1, round(640 / max(size))), 3 if max(size) >= 1500 else 1
+    large = label_map.repeat(factor, 0).repeat(factor, 1)
+
+    def lies_in_square(side):
+        alike = ndimage.minimum_filter(large, side, mode="nearest") == ndimage.maximum_filter(
+            large, side, mode="nearest"
+        )
+        return ndimage.maximum_filter(alike, side, mode="nearest")
+
+    wide, seen, edges = lies_in_square(16 * width + 1), lies_in_square(4 * width + 1), np.zeros(large.shape, bool)
+    for before, after in ((np.s_[:-1], np.s_[1:]), (np.s_[:, :-1], np.s_[:, 1:])):
+        border = large[before] != large[after]
+        edges[after] |= border & wide[after] & seen[before]
+        edges[before] |= border & wide[before] & seen[after] & ~wide[after]
+    expected = ndimage.maximum_filter(edges, width) & wide
+    drawn = drawn[: large.shape[0], : large.shape[1]]
+    # Names are white, too, in black.
+    elsewhere = ~ndimage.maximum_filter((drawn < 50).all(-1), 15)
+    np.testing.assert_array_equal((drawn == 255).all(-1)[elsewhere], expected[elsewhere])
+    assert expected[elsewhere].any() or max(size) < 90
