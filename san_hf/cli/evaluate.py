@@ -120,6 +120,11 @@ def evaluate(
     if compare_with == model:
         raise ValueError(f"--compare-with is the model itself, {model!r}: expected another one.")
     quiet_libraries()
+    from san_hf.hub.load import check_name
+
+    names = [model] if compare_with is None else [model, compare_with]
+    for name in names:
+        check_name(name)
     accelerator = join_processes(device)
     reading_options = {
         "image_column": image_column,
@@ -158,7 +163,7 @@ def evaluate(
     folders = paths_for([(data.name,) for data in all_data], output)
     with ExitStack() as locks:
         open_folders(folders, resume, overwrite, accelerator, locks)
-        models = load_models([model, *([compare_with] if compare_with else [])], device, dtype.value, accelerator)
+        models = load_models(names, device, dtype.value, accelerator)
         if overwrite and evaluation.is_main:
             remove_drawings(folders)
         for data, folder in zip(all_data, folders):

@@ -87,12 +87,8 @@ def from_pretrained(
     }
     name = os.fspath(name_or_path)
     known = (EMBEDDED_MODEL, *RELEASES)
+    check_name(name)
     is_known = os.path.isdir(name) or name in RELEASES or resolve(name, **hub_options) != name
-    if not is_known and not is_repository(name):
-        raise ModelError(
-            f"There is no model {name!r}: no folder of that name, none of {', '.join(known)}, and a repository on the "
-            f"Hub is owner/name.{suggestion(name, known)}"
-        )
     if not os.path.isdir(name) and (not is_known or name in RELEASES):
         hub_options["local_files_only"] = local_files_only or is_unreachable()
     try:
@@ -111,6 +107,26 @@ def from_pretrained(
     return model, processor
 
 
+def check_name(name_or_path: str | os.PathLike) -> None:
+    """
+    Refuses a name that no model can have, at once; whether a repository exists shows only when it is loaded.
+
+    Raises:
+        ModelError: neither a folder, nor a name that comes with the package, nor one of the Hub's form.
+    """
+    name, known = expand_path(name_or_path), (EMBEDDED_MODEL, *RELEASES)
+    if os.path.isfile(name):
+        raise ModelError(
+            f"The model '{name}' is a file, expected a folder. A checkpoint of the original SAN becomes one by "
+            f"`san-hf convert {name} FOLDER`."
+        )
+    if not (os.path.isdir(name) or name in known or is_repository(name)):
+        raise ModelError(
+            f"There is no model {name!r}: no folder of that name, none of {', '.join(known)}, and a repository on the "
+            f"Hub is owner/name.{suggestion(name, known)}"
+        )
+
+
 def load_model(
     name_or_path: str | os.PathLike, dtype: torch.dtype, **kwargs: Any
 ) -> tuple[SANForSemanticSegmentation, SANProcessor]:
@@ -121,11 +137,7 @@ def load_model(
         ModelError: there is no such model, or it isn't a complete SAN.
     """
     name = expand_path(name_or_path)
-    if os.path.isfile(name):
-        raise ModelError(
-            f"The model '{name}' is a file, expected a folder. A checkpoint of the original SAN becomes one by "
-            f"`san-hf convert {name} FOLDER`."
-        )
+    check_name(name)
     try:
         return from_pretrained(name, dtype=dtype, **kwargs)
     # Broken files make torch, safetensors and tokenizers fail in ways of their own.

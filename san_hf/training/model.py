@@ -5,11 +5,26 @@ from transformers import AutoTokenizer
 
 from san_hf.data import SegmentationDataset
 from san_hf.hub import load_model
-from san_hf.loading import check_tokenizer
+from san_hf.hub.load import check_name
+from san_hf.loading import ModelError, check_tokenizer
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.paths import expand_path
 
 from .config import ConfigError, ModelSection
+
+
+def check_start(section: ModelSection) -> None:
+    """
+    Before data are opened, which may take long.
+
+    Raises:
+        ConfigError: no model can have the checkpoint's name.
+    """
+    if section.checkpoint is not None:
+        try:
+            check_name(section.checkpoint)
+        except ModelError as error:
+            raise ConfigError(f"model.checkpoint={section.checkpoint} can't be used: {error}") from error
 
 
 def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANForSemanticSegmentation, SANProcessor]:

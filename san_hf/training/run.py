@@ -33,7 +33,7 @@ from .config import ConfigError, TrainingConfig
 from .data import load_training_data
 from .errors import TrainingError
 from .folder import RunFolder
-from .model import build_model, set_vocabulary, trains_text
+from .model import build_model, check_start, set_vocabulary, trains_text
 from .optimization import parameter_groups, polynomial_schedule
 from .processes import check_launch, check_shared, new_shared_folder, on_main_process, warn_of_threads
 from .run_log import RunLog, check_trackers
@@ -77,6 +77,7 @@ class Run:
         check_shared(self.accelerator, self.output)
         set_seed(config.seed)
 
+        check_start(config.model)
         self.data, self.validation = load_training_data(config.data, config.seed)
         model, self.processor = build_model(config.model, self.data)
         if config.training.gradient_checkpointing:

@@ -7,11 +7,15 @@ import time
 import pytest
 import torch
 from huggingface_hub import constants
+from typer.testing import CliRunner
 
+from san_hf.cli import app
 from san_hf.hub import save_pretrained
-from san_hf.hub.load import load_model
+from san_hf.hub.load import check_name, load_model
 from san_hf.loading import ModelError
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+from san_hf.training.config import ConfigError, ModelSection
+from san_hf.training.model import check_start
 from tests.tiny import tiny_config, tiny_tokenizer
 
 
@@ -117,3 +121,23 @@ def test_names_of_no_model(monkeypatch, name):
     with pytest.raises(ModelError, match=f"Did you mean '{meant}'") as error:
         load_model(name, torch.float32)
     assert time.process_time() - start < 2 and "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["NOTHING", "", ".hidden", "a/b/c", "x" * 300, "../no-such-folder", "file.pth"])
+def test_names_are_refused_before_anything_is_loaded(monkeypatch, tmp_path, name):
+    """Catches a second model, or data, that are loaded before somebody looks whether the first can exist at all."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.pth").touch()
+    with pytest.raises(ModelError, match="There is no model|is a file, expected a folder"):
+        check_name(name)
+    with pytest.raises(ConfigError, match="model.checkpoint=.* can't be used"):
+        check_start(ModelSection(checkpoint=name))
+
+
+def test_nothing_to_compare_with(monkeypatch, folder):
+    """Catches a measured model and opened data before it is said that the other one doesn't exist."""
+    monkeypatch.setattr("san_hf.hub.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("san_hf.cli.evaluate.load_data", lambda *_: pytest.fail("data were opened"))
+    arguments = ["--dataset", "x", "--model", str(folder), "--compare-with", "NOTHING", "--pictures", "1"]
+    result = CliRunner().invoke(app, ["evaluate", *arguments])
+    assert result.exit_code == 2 and "There is no model 'NOTHING'" in result.output
