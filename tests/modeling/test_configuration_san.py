@@ -166,6 +166,12 @@ def test_what_is_accepted_trains(path):
             continue
         model = SANForSemanticSegmentation(config).train()
         images, embeds = torch.randn(1, config.num_channels, 64, 64), torch.randn(2, config.clip_embed_dim)
-        outputs = model(images, class_embeds=embeds, labels=torch.randint(0, 2, (1, 64, 64)), return_dict=True)
+        inputs = {"class_embeds": embeds, "labels": torch.randint(0, 2, (1, 64, 64)), "return_dict": True}
+        if config.semantic_loss_ignore_index in (0, 1) and not config.ignore_index_is_class:
+            # What the classes are is known with the labels only.
+            with pytest.raises(ValueError, match="ignore_index_is_class"):
+                model(images, **inputs)
+            continue
+        outputs = model(images, **inputs)
         outputs.loss.backward()
         assert outputs.loss.isfinite(), f"{path}={value!r}"

@@ -1,6 +1,7 @@
 """Runs that are stopped, killed, begun twice, begun wrongly, or damaged: what is resumed, and what is refused."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from san_hf import from_pretrained
 from san_hf.data import load_segmentation_dataset
@@ -183,10 +185,16 @@ def test_resuming_with_data_that_changed(root, started, tmp_path, change, messag
 )
 def test_a_start_that_fails_leaves_nothing(root, tmp_path, override, error):
     """Catches an output that refuses the corrected command, because of what the failed one has left."""
-    output = tmp_path / "runs" / "mine"
-    broken = "optimizer.learning_rate=1e-3" if error != "TrainingError" else "model.san_config={class_weight: 1e39}"
-    ((got, _),) = Run(train, configure(root, output, *SHORT, override, broken)).outcomes()
+    output, model = tmp_path / "runs" / "mine", root / "model"
+    if error == "TrainingError":
+        model = shutil.copytree(model, tmp_path / "model")
+        tensors = load_file(model / "model.safetensors")
+        tensors["no_object_embed"][:] = math.nan
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    ((got, _),) = Run(train, configure(root, output, *SHORT, f"model.checkpoint={model}", override)).outcomes()
     assert got == error
+    if model.is_relative_to(tmp_path):
+        shutil.rmtree(model)
     assert names(tmp_path) == []
     assert Run(train, configure(root, output, *SHORT)).outcomes() == [output / "final"]
 
