@@ -3,10 +3,12 @@
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import constants
+from transformers import CLIPModel
 from typer.testing import CliRunner
 
 from san_hf.cli import app
@@ -15,7 +17,7 @@ from san_hf.hub.load import check_name, load_model
 from san_hf.loading import ModelError
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.training.config import ConfigError, ModelSection
-from san_hf.training.model import check_start
+from san_hf.training.model import build_model, check_start
 from tests.tiny import tiny_config, tiny_tokenizer
 
 
@@ -141,3 +143,27 @@ def test_nothing_to_compare_with(monkeypatch, folder):
     arguments = ["--dataset", "x", "--model", str(folder), "--compare-with", "NOTHING", "--pictures", "1"]
     result = CliRunner().invoke(app, ["evaluate", *arguments])
     assert result.exit_code == 2 and "There is no model 'NOTHING'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        *((name, value, message) for name, (value, message) in SETTINGS.items()),
+        ("extra", None, "has 515 tokens, expected 514"),
+    ],
+)
+def test_a_clip_with_another_tokenizer(tmp_path, name, value, message):
+    """Catches a training from `model.clip` whose names become other tokens than those of CLIP's text tower."""
+    CLIPModel(tiny_config().clip_config).save_pretrained(tmp_path)
+    section = ModelSection(clip=str(tmp_path))
+    tokenizer = tiny_tokenizer()
+    data = SimpleNamespace(class_names=["sky", "grass"], ignore_index=255)
+    tokenizer.save_pretrained(tmp_path)
+    assert build_model(section, data)[0].config.id2label == {0: "sky", 1: "grass"}
+    if name == "extra":
+        tokenizer.add_tokens(["zzz"])
+        tokenizer.save_pretrained(tmp_path)
+    else:
+        change(tmp_path / "tokenizer_config.json", lambda content: content.update({name: value}))
+    with pytest.raises(ConfigError, match=rf"model\.clip=.* can't be used: .*{message}"):
+        build_model(section, data)

@@ -250,6 +250,22 @@ def test_pipeline_with_a_carried_vocabulary(model, class_embeds, tmp_path):
             assert torch.equal(mask, expected == names.index(segment["label"]))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"id2label": {0: "a", 1: "b"}}, {"label2id": {"a": 0, "b": 1}}, {"num_labels": 3}, {"num_labels": 1}]
+    + [{"id2label": {0: "a", 1: "b"}, "ignore_mismatched_sizes": True}],
+)
+def test_pipeline_keeps_carried_names(model, class_embeds, tmp_path, changes):
+    """Catches names that a pipeline's `model_kwargs` give to the classes of others; without them it is as it was."""
+    model.set_vocabulary(["sky", "grass"], class_embeds=class_embeds[:2])
+    model.save_pretrained(tmp_path)
+    SANImageProcessor(size={"shortest_edge": 64, "longest_edge": 256}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.* contradicts the 2 class names"):
+        pipeline("image-segmentation", model=str(tmp_path), model_kwargs=changes)
+    same = pipeline("image-segmentation", model=str(tmp_path), model_kwargs={"id2label": {0: "sky", 1: "grass"}})
+    assert same.model.config.id2label == {0: "sky", 1: "grass"}
+
+
 # ---- initialisation
 
 
