@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from san_hf.colors import OTHER_COLOR, name_colors
 from san_hf.inference.segmenter import Segmenter
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.vocabularies import EXPANSIONS, load_vocabulary
+from tests.forks import Run, printing
 from tests.tiny import tiny_config
 
 
@@ -264,24 +263,31 @@ def test_long_names(run, photo):
     assert len(list(Path("outputs").glob("*.labels.png"))) == 2
 
 
+def command_in(folder: Path, *arguments: str) -> int:
+    os.chdir(folder)
+    try:
+        app(list(arguments))
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
 def test_any_name(photo, model_folder, tmp_path):
     """Catches names of files or classes that end the run because a terminal can't show them."""
     names = [b"-dash.png", b"n\xff.png", b"line\nbreak.png", "\N{CAT} [red]x[bold].png".encode()]
     for name in names:
         photo.save(tmp_path / "x.png")
         os.rename(tmp_path / "x.png", os.fsencode(tmp_path) + b"/" + name)
-    command = [sys.executable, "-m", "san_hf.cli", "segment", ".", "--model", model_folder, "-f", "json"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
-    command += ["--classes", "\N{CAT}, {}, [bold]"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    arguments = ["segment", ".", "--model", str(model_folder), "-f", "json", "--classes", "\N{CAT}, {}, [bold]"]
+    said = tmp_path / "said.txt"
+    assert Run(printing, said, command_in, tmp_path, *arguments).outcomes() == [0], said.read_text()
     written = sorted(map(os.fsencode, list_files(tmp_path / "outputs")))
     # What is no text, or would be two lines, is no name of ours.
     tidy = [name.replace(b"\xff", b"_").replace(b"\n", b"_") for name in names]
     assert written == sorted(name[:-3] + b"json" for name in tidy)
     classes = json.loads((tmp_path / "outputs" / "-dash.json").read_text(encoding="utf-8"))["classes"]
     assert [entry["name"] for entry in classes] == ["\N{CAT}", "{}", "[bold]"]
-    assert b"[red]x[bold].png -> " in done.stdout
+    assert b"[red]x[bold].png -> " in said.read_bytes()
 
 
 @pytest.mark.parametrize("pattern", ["nothing*.png", "void"])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ from san_hf.visualization import (
     draw_comparisons,
 )
 from san_hf.vocabularies import load_class_ids, load_vocabulary
-from tests.training.training_runs import Run
+from tests.forks import Run
 
 
 ROOT = Path(__file__).parents[2]
@@ -164,11 +165,26 @@ def launch(processes, *arguments):
     return subprocess.run(command, cwd=ROOT, env=os.environ | hidden, capture_output=True, text=True, timeout=250)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_processes_change_nothing(command, folder, tmp_path, processes):
+def fork(processes, *arguments):
+    """The ranks that `launch` starts, without the launcher."""
+    outcomes = Run(by_command, "evaluate", *map(str, arguments), processes=processes).outcomes()
+    return SimpleNamespace(returncode=max(outcomes), stderr="")
+
+
+def by_command(*arguments: str) -> int:
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    try:
+        app(list(arguments))
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.mark.parametrize(("start", "processes"), [(fork, 2), pytest.param(launch, 3, marks=pytest.mark.slow)])
+def test_processes_change_nothing(command, folder, tmp_path, start, processes):
     """Catches samples that are counted twice to fill uneven shards, or lost, and predictions out of order."""
     options = ["--predictions", "--pictures", 1]
-    finished = launch(processes, "-d", folder, "-o", tmp_path / "many", *options)
+    finished = start(processes, "-d", folder, "-o", tmp_path / "many", *options)
     assert finished.returncode == 0, finished.stderr
     command("-o", tmp_path / "one", *options)
     many, one = (tmp_path / name / "scenes" for name in ("many", "one"))
@@ -178,53 +194,47 @@ def test_processes_change_nothing(command, folder, tmp_path, processes):
     assert sorted(path.name for path in many.glob("progress/*.pt")) == [f"{rank}.pt" for rank in range(processes)]
 
 
-KILLED = """
-import os, signal, sys
-from san_hf.cli import app
-from san_hf.data import SegmentationDataset
+def killed(*arguments: str) -> int:
+    """The command, killed when it comes to the sixth image."""
+    example = SegmentationDataset.example
 
-example = SegmentationDataset.example
+    def deadly(self, row, index):
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return example(self, row, index)
 
-def deadly(self, row, index):
-    if index == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return example(self, row, index)
-
-SegmentationDataset.example = deadly
-app(sys.argv[1:])
-"""
+    SegmentationDataset.example = deadly
+    return by_command(*arguments)
 
 
 def test_resume_after_a_kill(command, folder, tmp_path, monkeypatch):
     """Catches images that are counted twice or lost, and predictions torn in the middle."""
     options = ["--predictions", "--save-every", "2", "--pictures", "1", "--workers", "0"]
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    arguments = ["evaluate", "-d", folder, "-o", killed, "--device", "cpu", *options]
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=250
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
-    assert not (killed / "scenes" / "predictions.json").exists()
-    with open(killed / "scenes" / "progress" / "0.jsonl", "ab") as file:
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    arguments = ["evaluate", "-d", folder, "-o", part, "--device", "cpu", *options]
+    run = Run(killed, *map(str, arguments))
+    assert run.outcomes() == [None] and run.processes[0].exitcode == -signal.SIGKILL
+    assert not (part / "scenes" / "predictions.json").exists()
+    with open(part / "scenes" / "progress" / "0.jsonl", "ab") as file:
         file.write(b'[4, [{"image_')  # written, but not noted
-    assert "--resume" in command("-o", killed, *options, status=2).output
+    assert "--resume" in command("-o", part, *options, status=2).output
     asked = []
     example = type(load_segmentation_dataset(folder, "validation")).example
     monkeypatch.setattr(
         "san_hf.data.SegmentationDataset.example",
         lambda self, row, index: asked.append(index) or example(self, row, index),
     )
-    command("-o", killed, *options, "--resume")
+    command("-o", part, *options, "--resume")
     assert asked[:4] == [0, 4, 5, 6], asked  # 0: whether there are labels at all
     command("-o", whole, *options)
     for name in ("results.json", "predictions.json", "pictures.png"):
-        assert (killed / "scenes" / name).read_bytes() == (whole / "scenes" / name).read_bytes(), name
+        assert (part / "scenes" / name).read_bytes() == (whole / "scenes" / name).read_bytes(), name
 
     asked.clear()
-    command("-o", killed, *options[:-4], "--pictures", "1", "--resume")
+    command("-o", part, *options[:-4], "--pictures", "1", "--resume")
     assert len(asked) <= 6, "a finished evaluation was done again"
     assert "the synonyms differs; it was False and is True now" in command(
-        "-o", killed, *options, "--synonyms", "--resume", status=2
+        "-o", part, *options, "--synonyms", "--resume", status=2
     ).output.replace("\n", " ")
 
 

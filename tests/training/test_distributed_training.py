@@ -7,8 +7,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from san_hf.modeling import SANForSemanticSegmentation
 from san_hf.training import train
+from tests.forks import Run
 from tests.tiny import randomized, relative_difference, tiny_config
-from tests.training.training_runs import Run, configure, read_log, write_images, write_model
+from tests.training.training_runs import configure, read_log, write_images, write_model
 
 
 IGNORE = 255

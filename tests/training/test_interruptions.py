@@ -25,7 +25,8 @@ from san_hf.training.config import TrainingConfig
 from san_hf.training.loop import train
 from san_hf.training.run_log import shown_losses
 from san_hf.training.stream import SampleStream
-from tests.training.training_runs import Run, basics, configure, read_log, weights, write_images, write_root
+from tests.forks import Run
+from tests.training.training_runs import basics, configure, read_log, weights, write_images, write_root
 
 
 SHORT = ("training.steps=2", "training.batch_size=2", "data.validation_split=null")

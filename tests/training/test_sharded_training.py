@@ -20,8 +20,9 @@ from san_hf.training.config import ConfigError, TrainingConfig
 from san_hf.training.loop import train
 from san_hf.training.processes import check_launch, check_shared, warn_of_threads
 from san_hf.training.sharding import check_engine
+from tests.forks import Run
 from tests.tiny import tiny_config
-from tests.training.training_runs import Run, configure, read_log, weights, write_root
+from tests.training.training_runs import configure, read_log, weights, write_root
 
 
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
