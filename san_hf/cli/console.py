@@ -100,7 +100,7 @@ def expected_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **{name: _expand_paths(value) for name, value in kwargs.items()})
         except (typer.Exit, typer.Abort):
             raise
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        except (OSError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
             show_error(error, explain(error))
             raise typer.Exit(2) from error
 

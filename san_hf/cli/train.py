@@ -71,7 +71,7 @@ def train(
             dist.destroy_process_group()
     except PeerError:
         status = 2
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
         message = explain(error)
         if isinstance(error, OSError) and error.strerror:  # a full disk can show anywhere
             where = f" ({error.filename})" if error.filename else ""

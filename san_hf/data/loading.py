@@ -34,6 +34,9 @@ FILE_NAME_COLUMNS = ("file_name", "filename", "image_id")
 # Objects of `datasets` that are taken as they are.
 Opened: TypeAlias = datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict
 
+# Label images have 16 bits, and label maps with what is added to them 32.
+LARGEST_LABEL = 65535
+
 
 def load_segmentation_dataset(
     source: str | os.PathLike | Opened,
@@ -103,6 +106,9 @@ def load_segmentation_dataset(
             dataset = _load(source, split, metadata, streaming, config_name, revision)
     dataset = _select_columns(dataset, f"'{where}'", split, image_column, label_column)
 
+    for option, value in (("ignore_index", ignore_index), ("label_shift", label_shift)):
+        if value is not None and not -LARGEST_LABEL <= value <= LARGEST_LABEL:
+            raise DataError(f"{option} is {value}, expected an integer between {-LARGEST_LABEL} and {LARGEST_LABEL}.")
     given_index = ignore_index
     if metadata is not None:
         name = metadata["name"]

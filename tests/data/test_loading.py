@@ -131,6 +131,14 @@ def test_shifted_labels(pairs):
         load_segmentation_dataset(pairs, "train")
 
 
+@pytest.mark.parametrize("option", ["label_shift", "ignore_index"])
+@pytest.mark.parametrize("value", [65536, -65536, 10**12, -(10**12)])
+def test_labels_beyond_any_label_map(pairs, option, value):
+    """Catches a shift that wraps around or ends in the depths, and an ignore index that no pixel can have."""
+    with pytest.raises(DataError, match=f"{option} is {value}, expected an integer between -65535 and 65535"):
+        load_segmentation_dataset(pairs, "train", **{option: value})
+
+
 def columns(**others) -> datasets.Dataset:
     images = [Image.fromarray(np.full((20, 30, 3), 40 * index, np.uint8)) for index in range(3)]
     maps = [Image.fromarray(label_map) for label_map in LABELS.values()]
