@@ -70,8 +70,9 @@ def test_windows():
             for size, everything in whole.items()
             for top in range(size[0] - 15)
             for left in range(size[1] - 15)
-            # Pixels to a rounding error
-            if np.abs(window := everything[top : top + 16, left : left + 16] - found)[..., :3].max() <= 1
+            # Pixels to a rounding error; the first one rules most windows out.
+            if np.abs(everything[top, left] - found[0, 0])[:3].max() <= 1
+            and np.abs(window := everything[top : top + 16, left : left + 16] - found)[..., :3].max() <= 1
             and (window[..., 3] == 0).all()
         ]
         assert len(matches) == 1, f"seed {seed} matches {matches}"
