@@ -30,7 +30,7 @@ _MODULES = (
     (_ADAPTER + r"conv_clips\.(\d+)\.0\.", r"side_adapter_network.fusion_layers.layer_\1.input_proj.0."),
     (_ADAPTER + r"conv_clips\.(\d+)\.1\.conv\.", r"side_adapter_network.fusion_layers.layer_\1.input_proj.1."),
     (_ADAPTER, "side_adapter_network."),
-    (r"text_encoder\.transformer\.", "ov_classifier.transformer.resblocks."),
+    (r"text_encoder\.transformer\.(?=\d)", "ov_classifier.transformer.resblocks."),
     (r"text_encoder\.", "ov_classifier."),
 )
 # Parts of a transformer layer: of CLIP's shallow layers ("ln1"), of its deep ones and the text tower ("norms.0").
@@ -60,13 +60,14 @@ def original_name(name: str) -> str:
     return name
 
 
-def original_form(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as the original stores it, by the original's name: a few have other axes in mmsegmentation."""
+def original_form(theirs: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as the original stores it, by mmsegmentation's name: a few have other axes there."""
+    name = original_name(theirs)
     if name == "clip_visual_extractor.class_embedding" and tensor.shape[:2] == (1, 1):
         return tensor[0, 0]  # (1, 1, width)
     if name == "clip_visual_extractor.positional_embedding" and tensor.dim() == 3 and len(tensor) == 1:
         return tensor[0]  # (1, positions, width)
-    if name == "clip_rec_head.proj" and tensor.dim() == 2:
+    if name == "clip_rec_head.proj" and theirs.endswith(".weight") and tensor.dim() == 2:
         return tensor.t()  # a Linear's: output x input
     return tensor
 

@@ -84,8 +84,7 @@ def original_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Te
         if name in UNUSED:
             continue
         if name.startswith(PREFIXES):
-            name = original_name(name)
-            tensor = original_form(name, tensor)
+            name, tensor = original_name(name), original_form(name, tensor)
         if name in renamed:
             raise ConversionError(f"The state dict has {name} twice, once as {key}: expected each tensor once.")
         renamed[name] = tensor
