@@ -1,16 +1,17 @@
 """Colours of classes: which one a name gets, how far apart they are to any eye, and colours that are given."""
 
 import hashlib
-import json
 import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 from PIL import ImageColor
+
+from san_hf.json_files import parse_json, read_text
+from san_hf.messages import one_line
 
 
 OTHER_COLOR = (128, 128, 128)
@@ -56,7 +57,6 @@ _FIRST = (
 _GROUPS = (0, 12, 36, 108, 324, 1000)
 # Colours of names keep away from given colours by this much.
 _ALIKE = 0.08
-_MAX_FILE_SIZE = 1 << 20
 
 
 def class_colors(num_classes: int) -> np.ndarray:
@@ -152,16 +152,11 @@ def read_colors(file: str | os.PathLike) -> dict[str, tuple[int, int, int]]:
     expected = 'expected lines such as sky=#87ceeb, or JSON such as {"sky": "#87ceeb"}'
     where = f"The file of colours '{os.fspath(file)}'"
     try:
-        if os.path.getsize(file) > _MAX_FILE_SIZE:
-            raise ValueError(f"{where} has more than {_MAX_FILE_SIZE:,} bytes: {expected}.")
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where} can't be read: {getattr(error, 'strerror', None) or error}.") from error
+        text = read_text(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} can't be read: {one_line(error)}.") from error
     if os.fspath(file).lower().endswith(".json"):
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is no JSON: {error}; {expected}.") from error
+        content = parse_json(text, where)
         if isinstance(content, dict) and isinstance(content.get("classes"), list):
             entries = content["classes"]
             if all(isinstance(entry, dict) and {"name", "color"} <= entry.keys() for entry in entries):

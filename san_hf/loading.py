@@ -1,11 +1,11 @@
 """Loading a model that has all of its weights, or saying why not."""
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from san_hf.json_files import JSONError, parse_json, read_json
 from san_hf.messages import join_some
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANProcessor
 
@@ -25,6 +25,8 @@ CONFIG_FIELDS = (
     "bias_pooling",
 )
 TOWER_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
+# A tokenizer.json of CLIP's has 4 MB; an index of weights, or a vocabulary of 100,000 names, less than 30.
+LARGEST_FILE = 100_000_000
 # Files beside the weights; without any of these another tokenizer or processor would be made up.
 PROCESSOR_FILES = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -110,8 +112,8 @@ def check_processor(processor: SANProcessor, config: SANConfig, location: str | 
         slow = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
         problems += [f"it has no {name}" for name in missing if not (name == "tokenizer.json" and slow)]
         if not missing:
-            saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-            images = saved.get("image_processor") or {}
+            saved = read_json(folder / "processor_config.json")
+            images = isinstance(saved, dict) and saved.get("image_processor") or {}
             for name in ("size", "image_mean", "image_std"):
                 if name not in images:
                     problems.append(f"processor_config.json has no {name} in image_processor")
@@ -135,12 +137,8 @@ def check_tokenizer(
     """
     text, problems = config.clip_text_config, list(problems)
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-        model = json.loads(backend.to_str())["model"]
-        longer = any(
-            len(token.removesuffix("</w>")) > 1 for token in set(model["vocab"]) - set(tokenizer.all_special_tokens)
-        )
-        if longer and not model.get("merges"):
-            problems.append("its tokenizer has no merges")
+        model = parse_json(backend.to_str(), "its tokenizer")["model"]
+        problems += _lost_tokens(set(model["vocab"]) - set(tokenizer.all_special_tokens), model.get("merges") or ())
     if len(tokenizer) != text.vocab_size:
         problems.append(f"its tokenizer has {len(tokenizer)} tokens, expected {text.vocab_size} (vocab_size)")
     # 2 stands for the highest id, in configurations of old.
@@ -163,6 +161,22 @@ def check_tokenizer(
             f"The processor of '{location}' isn't this model's: {'; '.join(problems)}. Get the whole folder again, or "
             "save the right processor into it: processor.save_pretrained(folder)."
         )
+
+
+def _lost_tokens(vocabulary: set[str], merges: Sequence[Any]) -> Iterator[str]:
+    """
+    What a byte-pair encoding lacks. Each merge makes a token of two, and each token of several letters is made by a
+    merge: a list that was cut short would give other tokens without a word.
+    """
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    made = {"".join(pair) for pair in pairs}
+    unmade = sorted(token for token in vocabulary - made if len(token.removesuffix("</w>")) > 1)
+    if unmade and not merges:
+        yield "its tokenizer has no merges"
+    elif unmade:
+        yield f"its tokenizer has no merges for {len(unmade):,} of its tokens ({join_some(unmade, 3)})"
+    if unknown := sorted(made.union(*pairs) - vocabulary):
+        yield f"its tokenizer lacks {len(unknown):,} tokens of its merges ({join_some(unknown, 3)})"
 
 
 def damage(folder: str | os.PathLike) -> str | None:
@@ -194,10 +208,10 @@ def foreign_content(path: str | os.PathLike) -> str | None:
         return "is empty: download it again."
     if path.suffix == ".json":
         try:
-            if not isinstance(json.loads(path.read_text(encoding="utf-8")), dict):
+            if not isinstance(read_json(path, LARGEST_FILE), dict):
                 return "is no JSON of this kind: expected an object in braces. Get it again."
-        except (ValueError, RecursionError) as error:
-            return f"isn't JSON, perhaps cut short ({str(error).splitlines()[0]}): get it again."
+        except JSONError as error:
+            return str(error).removeprefix(f"'{path}' ")
     if path.suffix == ".safetensors":
         size, length = path.stat().st_size, int.from_bytes(head[:8], "little")
         if size < 8 or length > size - 8 or head[8:9] != b"{":

@@ -5,11 +5,11 @@ any amount of memory, be unpacked to it, or have tensors that reach beyond what 
 compared with what it holds first.
 """
 
+import io
 import os
 import zipfile
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -49,36 +49,45 @@ class Ignored:
         pass
 
 
-def load_torch_file(path: str | os.PathLike, ignored: Collection[str] = ()) -> Any:
+def load_torch_file(path: str | os.PathLike | io.BytesIO, ignored: Collection[str] = ()) -> Any:
     """
     What a file of `torch.save` holds, on the CPU; memory stays within the file's size. Tensors may be views of the
     file.
 
     Args:
-        path: the file, a zip archive or, of torch 1.5 and earlier, a row of pickles.
+        path: the file, a zip archive or, of torch 1.5 and earlier, a row of pickles; or what it holds.
         ignored: classes and functions, as "module.name", whose objects are replaced by [`Ignored`].
 
     Raises:
         ForeignObjectError: it holds objects that are neither tensors nor plain containers, nor to be ignored.
         ValueError: it is none, compressed, damaged, or says something of its tensors that isn't so.
     """
-    path = Path(path)
-    zipped = zipfile.is_zipfile(path)
-    contents, sizes = _read_archive(path) if zipped else _read_legacy(path)
-    _check_calls(contents, ignored)
-    _check_tensors(contents, sizes, path.stat().st_size)
+    with path if isinstance(path, io.BytesIO) else open(path, "rb") as stream:
+        zipped, size = zipfile.is_zipfile(stream), stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        contents, sizes = _read_archive(stream, size) if zipped else _read_legacy(stream)
+        _check_calls(contents, ignored)
+        _check_tensors(contents, sizes, size)
+        if isinstance(path, io.BytesIO):
+            return _load(path, ignored, mmap=False)
+    # Files older than torch 1.6 are no zip archives and can't be mapped into memory.
+    return _load(path, ignored, mmap=zipped)
+
+
+def _load(source: str | os.PathLike | io.BytesIO, ignored: Collection[str], mmap: bool) -> Any:
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
     with torch.serialization.safe_globals([(Ignored, name) for name in ignored]):
-        # Files older than torch 1.6 are no zip archives and can't be mapped into memory.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def _read_archive(path: Path) -> tuple[Contents, dict[str, int]]:
+def _read_archive(file: IO[bytes], size: int) -> tuple[Contents, dict[str, int]]:
     """What the archive's pickle says, and the size in bytes of each stored tensor, by its key."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
             raise ValueError("it is compressed, which torch's files never are")
-        if sum(record.file_size for record in records) > path.stat().st_size:
+        if sum(record.file_size for record in records) > size:
             raise ValueError("its parts are larger than the file")
         # torch itself doesn't look at the checksums that it has written.
         if (damaged := archive.testzip()) is not None:
@@ -97,11 +106,10 @@ def _read_archive(path: Path) -> tuple[Contents, dict[str, int]]:
             return read_pickle(stream), sizes
 
 
-def _read_legacy(path: Path) -> tuple[Contents, None]:
-    with open(path, "rb") as stream:
-        for _ in range(LEGACY_HEADERS):
-            read_pickle(stream)
-        return read_pickle(stream), None
+def _read_legacy(file: IO[bytes]) -> tuple[Contents, None]:
+    for _ in range(LEGACY_HEADERS):
+        read_pickle(file)
+    return read_pickle(file), None
 
 
 def _check_calls(contents: Contents, ignored: Collection[str]) -> None:

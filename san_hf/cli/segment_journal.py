@@ -1,12 +1,12 @@
 """What `san-hf segment` has done in an output folder: a line for each image, so that the same command can go on."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from san_hf.files import json_text, new_file
+from san_hf.json_files import parse_json
 from san_hf.messages import printable
 
 
@@ -43,7 +43,7 @@ class Journal:
         number, count = shard
         self.output = output
         self.path = output / (f".segment-{number}-of-{count}.jsonl" if count > 1 else ".segment.jsonl")
-        self.settings = json.loads(json_text(settings))
+        self.settings = parse_json(json_text(settings), "the settings")
         self._file: BinaryIO | None = None
 
     def resume(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Journal:
         try:
             # A kill may have cut the last line off.
             lines = self.path.read_bytes().split(b"\n")[:-1]
-            header, *entries = [json.loads(line) for line in lines]
+            header, *entries = [parse_json(line, "a line") for line in lines]
             then, done = header["settings"], {entry["output"]: entry["image"] for entry in entries}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise JournalError(

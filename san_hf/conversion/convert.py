@@ -1,6 +1,5 @@
 """Conversion of checkpoints in the original's layout to Transformers folders, and back."""
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from san_hf.cards import load_facts, render_card
 from san_hf.files import DISK_ERRORS, new_file, new_folder, remove_leftovers
+from san_hf.json_files import JSONError, read_json
 from san_hf.loading import ModelError, load_complete
 from san_hf.locks import locked
 from san_hf.messages import join_some, one_line
@@ -312,9 +312,9 @@ def read_config(path: str | Path) -> SANConfig:
     if not path.exists():
         raise FileNotFoundError(f"There is no configuration '{path}'.")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"'{path}' isn't JSON: {error}.") from error
+        values = read_json(path)
+    except JSONError as error:
+        raise ConversionError(str(error)) from error
     model_type = values.get("model_type") if isinstance(values, dict) else None
     if model_type != SANConfig.model_type:
         raise ConversionError(

@@ -1,12 +1,12 @@
 """Lists of class names: a file, the name of a benchmark, or a list. Every command and function reads them here."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from san_hf.json_files import JSONError, parse_json, read_text
 from san_hf.messages import join_some, one_line
 from san_hf.paths import expand_path
 from san_hf.vocabularies import EXPANSIONS, VOCABULARIES, load_vocabulary
@@ -15,8 +15,6 @@ from .errors import DataError
 
 
 FILE_ENDINGS = (".txt", ".json")
-# The benchmarks' largest list has 17 kB.
-LARGEST_FILE = 10_000_000
 SEPARATORS = re.compile("[,;|\t]")
 
 
@@ -102,11 +100,7 @@ def _read_text(path: str) -> str:
             raise DataError(f"The class list '{path}' is no regular file. {expected}")
         if file.suffix.lower() in (".yaml", ".yml"):
             raise DataError(f"The class list '{path}' is YAML. {expected}")
-        if file.stat().st_size > LARGEST_FILE:
-            raise DataError(f"The class list '{path}' has more than {LARGEST_FILE:,} bytes. {expected}")
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"The class list '{path}' is no text in UTF-8: {one_line(error)}.") from error
+        return read_text(path)
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -120,11 +114,9 @@ def _read_json(text: str, where: str) -> Any:
         return found
 
     try:
-        names = json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{where} can't be read: it is no JSON: {one_line(error)}.") from error
+        names = parse_json(text, where, once)
+    except JSONError as error:
+        raise DataError(str(error)) from error
     if not isinstance(names, list | dict):
         raise DataError(
             f'{where} holds {names!r:.80}, expected a list, ["sky", ...], or names by label, {{"0": "sky"}}.'

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 from datasets import Image as ImageFeature
 
+from san_hf.json_files import LARGEST_LIST, read_text
 from san_hf.messages import join_some, notify, one_line, printable
 from san_hf.paths import ImageListing, list_images
 
@@ -201,8 +202,8 @@ def _read_list(file: Path, pair: FolderPair, images: dict[str, list[Path]]) -> I
     the label maps.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(file, LARGEST_LIST).splitlines()
+    except (OSError, ValueError) as error:
         raise DataError(f"The list '{printable(file)}' can't be read: {one_line(error)}.") from error
     unknown = []
     for line in filter(None, map(str.strip, lines)):

@@ -1,6 +1,5 @@
 """Opening data sets of any kind: prepared benchmarks, data sets on the Hub, folders of files, `datasets`' objects."""
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ from datasets import Image as ImageFeature
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
 
+from san_hf.json_files import read_json
 from san_hf.messages import one_line
 from san_hf.paths import expand_path
 from san_hf.vocabularies import VOCABULARIES
@@ -172,9 +172,11 @@ def _read_metadata(source: str, revision: str | None) -> dict[str, Any] | None:
         except Exception:
             return None
     try:
-        metadata = json.loads(Path(file).read_text(encoding="utf-8"))
+        metadata = read_json(file)
     except (OSError, ValueError) as error:
-        raise DataError(f"'{file}' can't be read: {error}. Prepare or download the data set again.") from error
+        raise DataError(
+            f"'{file}' can't be read: {one_line(error)}. Prepare or download the data set again."
+        ) from error
     expected = {"name": str, "class_names": list, "ignore_index": int, "splits": dict}
     for key, kind in expected.items():
         if not isinstance(metadata, dict) or not isinstance(metadata.get(key), kind):

@@ -1,6 +1,5 @@
 """What the colours of label maps stand for: palettes of two benchmarks, black and white, and one's own."""
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -9,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from san_hf.messages import join_some
+from san_hf.json_files import parse_json, read_text
+from san_hf.messages import join_some, one_line
 from san_hf.paths import expand_path
 
 from .errors import DataError
@@ -70,13 +70,14 @@ def load_palette(
     path = expand_path(text)
     where = f"The palette '{text}'"
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-        entries = json.loads(content) if path.lower().endswith(".json") else _read_lines(content, where)
+        content = read_text(path)
+        entries = parse_json(content, where) if path.lower().endswith(".json") else _read_lines(content, where)
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
-            f"{where} can't be read: {error}. Expected a file of colours and classes, or one of {', '.join(_BUILT_IN)}."
+            f"{where} can't be read: {one_line(error)}. Expected a file of colours and classes, or one of "
+            f"{', '.join(_BUILT_IN)}."
         ) from error
     if isinstance(entries, Mapping):
         entries = list(entries.items())
@@ -92,11 +93,11 @@ def _build(
     for color, value in entries:
         code = _color_code(color)
         if code is None:
-            raise DataError(f"{where}: got the colour {color!r}, expected #rrggbb or three numbers 0..255.")
+            raise DataError(f"{where}: got the colour {color!r:.80}, expected #rrggbb or three numbers 0..255.")
         label = _label(value, class_names, ignore_index)
         if label is None:
             raise DataError(
-                f"{where}: got the class {value!r} for #{code:06x}, expected a name of the class list, a label "
+                f"{where}: got the class {value!r:.80} for #{code:06x}, expected a name of the class list, a label "
                 f"0..{len(class_names) - 1}, or {IGNORED}. The list has {join_some(class_names)}."
             )
         if labels.setdefault(code, label) != label:

@@ -6,7 +6,6 @@ folder of the output; when all are there, they become the output. A run that was
 shards again by what they were made of.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from san_hf.files import remove_leftovers
+from san_hf.json_files import read_json
 from san_hf.locks import InUseError, locked
 from san_hf.messages import join_some, one_line
 
@@ -109,7 +109,9 @@ def _read_finished(output: Path, benchmark: Benchmark, splits: list[str]) -> dic
     if not output.is_dir():
         raise DataError(f"'{output}' is a file, expected a folder to write or a new name.")
     try:
-        metadata = json.loads((output / METADATA_FILE).read_text(encoding="utf-8"))
+        metadata = read_json(output / METADATA_FILE)
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("splits", {}), dict):
+            raise DataError("it describes no data set")
     except FileNotFoundError:
         # Between the renames that publish a set, its data are there and its description isn't.
         publishing = (output / STAGING_FOLDER / METADATA_FILE).is_file()
@@ -118,7 +120,7 @@ def _read_finished(output: Path, benchmark: Benchmark, splits: list[str]) -> dic
             raise DataError(f"'{output}' holds {join_some(others)}: expected a new or an empty folder.") from None
         return None
     except (OSError, ValueError) as error:
-        raise DataError(f"'{output / METADATA_FILE}' can't be read: {error}. Remove '{output}'.") from error
+        raise DataError(f"'{output / METADATA_FILE}' can't be read: {one_line(error)}. Remove '{output}'.") from error
     if metadata.get("name") != benchmark.name or list(metadata.get("splits", ())) != splits:
         raise DataError(
             f"'{output}' holds {metadata.get('name')} ({', '.join(metadata.get('splits', ()))}), not {benchmark.name} "

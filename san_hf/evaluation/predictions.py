@@ -1,7 +1,6 @@
 """Predictions in the format of COCO-Stuff's owners: a run-length code per label and image, in one JSON file."""
 
 import heapq
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from pycocotools import mask as coco_mask
 
 from san_hf.evaluation.resume import EvaluationError
 from san_hf.files import json_text, new_file
+from san_hf.json_files import parse_json
 from san_hf.vocabularies import load_class_ids, load_vocabulary
 
 
@@ -118,4 +118,4 @@ def _file_number(name: str) -> int | None:
 def _read(part: Path) -> Iterator[list]:
     with open(part, encoding="utf-8") as file:
         for line in file:
-            yield json.loads(line)
+            yield parse_json(line, f"'{part}'")

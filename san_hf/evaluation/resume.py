@@ -15,6 +15,7 @@ from san_hf.files import write_file
 from san_hf.locks import InUseError, locked
 from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+from san_hf.torch_files import load_torch_file
 
 
 CHECKSUM_SIZE = 8  # hexadecimal digits at the end of a state's file
@@ -89,7 +90,7 @@ class StateFile:
             content = self.path.read_bytes()
             if _checksum(content[:-CHECKSUM_SIZE]) != content[-CHECKSUM_SIZE:]:
                 raise ValueError("its checksum isn't that of what was written")
-            saved = torch.load(io.BytesIO(content[:-CHECKSUM_SIZE]), map_location="cpu", weights_only=True)
+            saved = load_torch_file(io.BytesIO(content[:-CHECKSUM_SIZE]))
         except (OSError, ValueError) as error:
             raise EvaluationError(
                 f"'{self.path}' is damaged: {one_line(error)}. Evaluate from the start, without resuming."

@@ -1,7 +1,6 @@
 """Class names and their embeddings: what a model looks for."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from san_hf.data.class_names import read_class_names
-from san_hf.files import write_file
+from san_hf.files import json_text, write_file
+from san_hf.json_files import parse_json
 from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling.text_san import check_class_names, clean_text
@@ -185,7 +185,7 @@ class Vocabulary:
             "threshold": self.threshold,
             "text_digest": self.text_digest,
         }
-        metadata = {"format": FILE_FORMAT, "vocabulary": json.dumps(facts, ensure_ascii=False)}
+        metadata = {"format": FILE_FORMAT, "vocabulary": json_text(facts)}
         write_file(path, save({"class_embeds": self.class_embeds.cpu().contiguous()}, metadata))
 
     @classmethod
@@ -210,7 +210,7 @@ class Vocabulary:
                         f"'{path}' is no vocabulary that this version reads: its format is "
                         f"{metadata.get('format')!r}, expected {FILE_FORMAT!r}. Vocabulary.save writes it."
                     )
-                facts = json.loads(metadata["vocabulary"])
+                facts = parse_json(metadata["vocabulary"], f"'{path}'")
                 facts["class_names"] = tuple(check_class_names(facts["class_names"], "class_names"))
                 facts["class_of_row"] = facts["class_of_row"] and tuple(facts["class_of_row"])
                 vocabulary = cls(class_embeds=file.get_tensor("class_embeds"), **facts)

@@ -1,13 +1,13 @@
 """Checkpoints of a run: all that it needs to go on. A folder with the name of a checkpoint is complete."""
 
-import json
 import zlib
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from san_hf.files import remove_folder, write_file
+from san_hf.files import json_text, remove_folder, write_file
+from san_hf.json_files import read_json
 from san_hf.messages import one_line
 
 from .errors import CheckpointError
@@ -46,7 +46,7 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     """
     file = checkpoint / PROGRESS_FILE
     try:
-        progress = json.loads(file.read_text(encoding="utf-8"))
+        progress = read_json(file)
         lacking = PROGRESS_KEYS.keys() - progress.keys()
         wrong = [key for key, kind in PROGRESS_KEYS.items() if not isinstance(progress.get(key), kind)]
         if lacking or wrong or folder_name(progress["step"]) != checkpoint.name:
@@ -84,7 +84,7 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
 
 def note_evaluation(checkpoint: Path, progress: dict[str, Any]) -> None:
     """Has a checkpoint know of the evaluation that followed it, so that no other one does on resuming."""
-    write_file(checkpoint / PROGRESS_FILE, json.dumps(progress, indent=2))
+    write_file(checkpoint / PROGRESS_FILE, json_text(progress, indent=2))
 
 
 def _damaged(file: Path, reason: str) -> CheckpointError:
@@ -123,7 +123,7 @@ def save_checkpoint(accelerator: Accelerator, output: Path, progress: dict[str, 
             if accelerator.is_main_process:
                 files = sorted(path for path in temporary.rglob("*") if path.is_file())
                 progress["files"] = {path.relative_to(temporary).as_posix(): _size_and_checksum(path) for path in files}
-                (temporary / PROGRESS_FILE).write_text(json.dumps(progress, indent=2), encoding="utf-8")
+                write_file(temporary / PROGRESS_FILE, json_text(progress, indent=2))
     # A full disk is an OSError, a RuntimeError or a SafetensorError, depending on who was writing.
     except Exception as error:
         last = next(reversed(list_checkpoints(output)), None)

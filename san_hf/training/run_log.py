@@ -1,6 +1,5 @@
 """Log of a training run: log.jsonl with every step, lines on the console, and trackers."""
 
-import json
 import math
 import os
 import time
@@ -16,6 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from san_hf.files import json_text, write_file
+from san_hf.json_files import parse_json
 from san_hf.messages import for_terminal, one_line
 
 from .config import ConfigError, LoggingSection
@@ -228,7 +228,7 @@ def read_log(output: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line, "the line")
             record["step"] + 0
         except (ValueError, TypeError, KeyError) as error:
             raise TrainingError(

@@ -77,6 +77,30 @@ def test_a_tokenizer_without_merges(folder):
         load_model(folder, torch.float32)
 
 
+def spell(content, lose):
+    """Gives a tokenizer of letters the word sky, made by two merges, and loses a part."""
+    vocabulary = content["model"]["vocab"]
+    for token in ("sk", "sky</w>"):
+        vocabulary[token] = len(vocabulary)
+    content["model"]["merges"] = [["s", "k"], ["sk", "y</w>"]]
+    lose(content["model"])
+
+
+@pytest.mark.parametrize(
+    ("lose", "message"),
+    [
+        (lambda model: model["merges"].pop(), "has no merges for 1 of its tokens .sky</w>"),
+        (lambda model: model["merges"].pop(0), "has no merges for 1 of its tokens .sk."),
+        (lambda model: model.update(merges=[]), "has no merges;"),
+    ],
+)
+def test_a_tokenizer_without_some_merges(folder, lose, message):
+    """Catches names of other tokens where a list of merges was cut short: the words that it lost are spelt."""
+    change(folder / "tokenizer.json", lambda content: spell(content, lose))
+    with pytest.raises(ModelError, match=message):
+        load_model(folder, torch.float32)
+
+
 @pytest.mark.parametrize("name", ["clip_image_scale", "fusion_layers", "bias_pooling", "clip_config"])
 def test_configuration_that_would_be_guessed(folder, name):
     """The paper's value in place of the one that the weights were trained with."""

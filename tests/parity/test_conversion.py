@@ -491,7 +491,7 @@ def test_unfit_configurations(tmp_path, b16):
     bad = config("bad.json", **{**saved, "hidden_size": "wide"})
     refuse(tmp_path, source, bad, "bad.json' isn't a valid configuration.*hidden_size")
     (tmp_path / "cut.json").write_text("{")
-    refuse(tmp_path, source, tmp_path / "cut.json", "cut.json' isn't JSON")
+    refuse(tmp_path, source, tmp_path / "cut.json", "cut.json' is no JSON")
     refuse(tmp_path, source, b16.config(vocabulary_size=2), "vocabulary of 2 classes")
     refuse(tmp_path, source, b16.config(num_queries=11), r"query_embed \(got \(1, 10, 48\), expected \(1, 11, 48\)\)")
     refuse(tmp_path, source, SANConfig(), "Missing keys")

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from san_hf.data.errors import DataError
+from san_hf.json_files import LARGEST_LIST, read_text
 from san_hf.vocabularies import load_class_ids, load_vocabulary
 
 
@@ -142,7 +143,7 @@ def read_list(source: Path, candidates: Sequence[str], expected: int) -> list[st
     lists = {}
     for name in candidates:
         if (source / name).is_file():
-            lines = (source / name).read_text(encoding="utf-8").splitlines()
+            lines = read_text(source / name, LARGEST_LIST).splitlines()
             lists[name] = sorted({PurePosixPath(line.split()[0]).stem for line in lines if line.strip()})
     if not lists:
         raise DataError(f"There is no list of the images in '{source}': looked for {', '.join(candidates)}.")

@@ -1,12 +1,12 @@
 """Pascal Context with 59 classes, the most frequent of the 459."""
 
-import json
 from collections import Counter
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from san_hf.data.errors import DataError
+from san_hf.json_files import JSONError, read_json
 from san_hf.messages import join_some
 
 from .base import FLICKR_TERMS, Benchmark, Source, find_devkit
@@ -35,16 +35,19 @@ def find_detail(file: Path, images: Path, split: str) -> list[Source]:
     return [Source(name, images / name, regions.get(number, [])) for name, number in chosen]
 
 
+# Bytes of Pascal in Detail's annotations: they are published as half a billion.
+LARGEST_DETAIL = 2_000_000_000
+
+
 @lru_cache(maxsize=1)
 def read_detail(file: Path) -> dict[str, Any]:
     """Pascal in Detail's annotations: what matters of them, for they are large."""
     keep = {"images", "annos_segmentation", "image_id", "file_name", "phase", "category_id", "segmentation"}
     keep |= {"size", "counts"}
     try:
-        with open(file, encoding="utf-8") as stream:
-            data = json.load(stream, object_hook=lambda entry: {key: entry[key] for key in entry if key in keep})
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"'{file}' is no JSON: {error}. Get it again.") from error
+        data = read_json(file, LARGEST_DETAIL, lambda entry: {key: value for key, value in entry if key in keep})
+    except JSONError as error:
+        raise DataError(str(error)) from error
     expected = {
         "images": {"image_id": int, "file_name": str, "phase": str},
         "annos_segmentation": {"image_id": int, "category_id": int, "segmentation": object},
