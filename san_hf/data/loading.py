@@ -22,6 +22,7 @@ from .errors import DataError
 from .folders import IMAGE_FOLDERS, LABEL_FOLDERS, open_folders
 from .label_checks import check_labels
 from .palettes import load_palette
+from .parquet_files import check_parquet
 from .splits import split_names, take_split
 
 
@@ -200,6 +201,8 @@ def _load(
             raise DataError(f"'{source}' has no split {unknown[0]!r}, expected one of {', '.join(known)}.")
         # Only these splits are downloaded or copied.
         arguments["data_files"] = {name: f"data/{name}-*.parquet" for name in names}
+    if os.path.isdir(source):
+        check_parquet(Path(source))
     try:
         dataset = datasets.load_dataset(**arguments, split=split, streaming=streaming)
     # Every builder, file system and network has errors of its own.
