@@ -18,7 +18,7 @@ from san_hf.messages import join_some, one_line
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 
 from .errors import ConversionError
-from .keys import ATTENTION_MASK, EMPTY_WEIGHT, LOGIT_SCALE, layout
+from .keys import ATTENTION_MASK, EMPTY_WEIGHT, LOGIT_SCALE, layout, pixel_scale_problems
 from .original import read_original
 from .releases import HUB_REPO, RELEASES, Release
 from .tokenizer import CLIP_VOCABULARY_SIZE, clip_tokenizer
@@ -243,12 +243,13 @@ def convert_state_dict(
     # These two hold nothing that was learned, and their absence is no loss.
     original.pop(EMPTY_WEIGHT, None)
     original.pop(ATTENTION_MASK, None)
+    misshapen += pixel_scale_problems(original)
     problems = [
         f"{label}: {join_some(keys)}."
         for label, keys in (
             ("Missing keys", missing),
             ("Unknown keys", list(original)),
-            ("Wrong shapes or types", misshapen),
+            ("Wrong shapes, types or values", misshapen),
         )
         if keys
     ]

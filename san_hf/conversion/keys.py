@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from san_hf.modeling import SANConfig
 
@@ -19,6 +20,9 @@ from .errors import ConversionError
 EMPTY_WEIGHT = "criterion.empty_weight"
 ATTENTION_MASK = "ov_classifier.attn_mask"
 LOGIT_SCALE = "ov_classifier.logit_scale"
+
+# What the original registers for its images, (3, 1, 1), red first, for values 0..255; detectron2 stores it on request.
+PIXEL_SCALE = {"pixel_mean": OPENAI_CLIP_MEAN, "pixel_std": OPENAI_CLIP_STD}
 
 
 class Entry(NamedTuple):
@@ -68,6 +72,20 @@ def layout(config: SANConfig) -> list[Entry]:
     if not config.num_bias_layers:
         raise ConversionError("The original has no model without an attention bias (num_bias_layers 0).")
     return [*_side_adapter(config), *_clip_vision(config), *_clip_text(config)]
+
+
+def pixel_scale_problems(original: dict[str, torch.Tensor]) -> list[str]:
+    """Takes the scale of images out of the original's state dict; where it isn't our processor's, says so."""
+    problems = []
+    for key, values in PIXEL_SCALE.items():
+        if (tensor := original.pop(key, None)) is not None:
+            expected = 255 * torch.tensor(values)
+            # As near as bfloat16 stores them.
+            found = tensor.flatten().float()
+            if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1 / 256, atol=0):
+                got = [round(value, 3) for value in found[:4].tolist()]
+                problems.append(f"{key} (got {got}, expected CLIP's {[round(x, 3) for x in expected.tolist()]})")
+    return problems
 
 
 def _pair(original: str, ours: str, weight_form: str = "same") -> Iterator[Entry]:

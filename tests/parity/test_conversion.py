@@ -382,9 +382,25 @@ def test_every_key_counts(golden):
     listed = rf": .* and {len(learned) - 8} more\."  # 8 are named
     with pytest.raises(ConversionError, match="Missing keys" + listed):
         convert_state_dict({key: state_dict[key] for key in state_dict if key not in learned}, golden.config())
-    with pytest.raises(ConversionError, match="Wrong shapes or types" + listed):
+    with pytest.raises(ConversionError, match="Wrong shapes, types or values" + listed):
         convert_state_dict({key: tensor[None] for key, tensor in state_dict.items()}, golden.config())
     convert_state_dict({key: state_dict[key] for key in learned}, golden.config())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_scale_of_pixels(golden, dtype):
+    """Catches checkpoints refused for the image scale they carry, and one in other units or blue first."""
+    scale = {
+        "pixel_mean": torch.tensor([122.7709383, 116.7460125, 104.09373615]).to(dtype).view(-1, 1, 1),
+        "pixel_std": torch.tensor([68.5005327, 66.6321579, 70.32316305]).to(dtype).view(-1, 1, 1),
+    }
+    known = golden.original_state_dict
+    converted = convert_state_dict({**known, **scale}, golden.config())
+    assert equal(converted, convert_state_dict(dict(known), golden.config()))
+    for key in scale:
+        for wrong in (scale[key] / 255, scale[key].flip(0), scale[key][:2]):
+            with pytest.raises(ConversionError, match=f"values: {key} .got .*, expected CLIP's"):
+                convert_state_dict({**known, key: wrong}, golden.config())
 
 
 @pytest.mark.parametrize("legacy", [False, True])
