@@ -10,7 +10,8 @@ import pytest
 from san_hf.training import run
 from san_hf.training.config import TrainingConfig
 from san_hf.training.loop import train
-from tests.training.training_runs import Run, configure, read_log, write_root
+from tests.forks import Run
+from tests.training.training_runs import configure, read_log, write_root
 
 
 @pytest.fixture(scope="module")
