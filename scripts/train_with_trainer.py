@@ -144,20 +144,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     groups = parameter_groups(model, options.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate)
     metrics = TrainerMetrics(processor, len(names), ignore_index)
-    trainer = SANTrainer(
-        model,
-        arguments,
-        data_collator=SegmentationCollator(processor, ignore_index),
-        train_dataset=TrainingExamples(
-            train_data,
-            TrainingTransform(options.crop_size, ignore_index=ignore_index),
-            length=options.steps * examples_per_step,
-            seed=options.seed,
-        ),
-        eval_dataset=EvaluationExamples(eval_data, processor),
-        optimizers=(optimizer, polynomial_schedule(optimizer, options.steps)),
-        compute_metrics=metrics,
-    )
+    try:
+        trainer = SANTrainer(
+            model,
+            arguments,
+            data_collator=SegmentationCollator(processor, ignore_index),
+            train_dataset=TrainingExamples(
+                train_data,
+                TrainingTransform(options.crop_size, ignore_index=ignore_index),
+                length=options.steps * examples_per_step,
+                seed=options.seed,
+            ),
+            eval_dataset=EvaluationExamples(eval_data, processor),
+            optimizers=(optimizer, polynomial_schedule(optimizer, options.steps)),
+            compute_metrics=metrics,
+        )
+    except ValueError as error:  # what SAN and Trainer can't do together
+        sys.exit(f"Error: {error}")
     resume = options.resume and os.path.isdir(options.output)
     try:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) if resume else None)

@@ -1,5 +1,6 @@
 """Data sets and metrics for transformers' `Trainer`, as `scripts/train_with_trainer.py` uses them."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from san_hf.data import DataError, SegmentationDataset
 from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.modeling import SANForSemanticSegmentationOutput, SANProcessor
 from san_hf.training.augmentation import TrainingTransform
+from san_hf.training.sharding import check_engine, give_temperature_a_dimension
 from san_hf.training.stream import AugmentedSamples, SampleStream
 
 
@@ -183,6 +185,7 @@ class SANTrainer(Trainer):
     transformers' `Trainer`, with what SAN needs of it:
     - gradients accumulated over several batches are those of one large batch: the losses are divided by what all of
       them show (see [`~SANForSemanticSegmentation.count_targets`]);
+    - CLIP's temperature has a dimension where FSDP or DeepSpeed spreads the model, and none in what is saved;
     - `remove_unused_columns` is off, as the collator needs columns that the model doesn't have;
     - with [`TrainerMetrics`] as `compute_metrics`, its [`~TrainerMetrics.label_maps`] and `batch_eval_metrics` are set.
 
@@ -192,8 +195,8 @@ class SANTrainer(Trainer):
         data_collator, *args, **kwargs: of `Trainer`.
 
     Raises:
-        ValueError: label smoothing, GPUs that share a process, or parts that don't agree on the label of unlabelled
-            pixels.
+        ValueError: label smoothing, GPUs that share a process, parts that don't agree on the label of unlabelled
+            pixels, or an engine (FSDP, DeepSpeed) that was asked for and is not in force, or comes with `optimizers`.
     """
 
     def __init__(self, model: Any = None, args: TrainingArguments | None = None, data_collator: Any = None, **kwargs):
@@ -208,6 +211,13 @@ class SANTrainer(Trainer):
                 f"One process would share its batches among {args.n_gpu} GPUs, each of which would divide the loss by "
                 "its own masks: start it with accelerate launch or torchrun, a process for each GPU."
             )
+        engine = _engine_asked_for(args)
+        if engine is not None and any(part is not None for part in kwargs.get("optimizers", ())):
+            # With DeepSpeed, Trainer (transformers 5.23) would quietly train with others.
+            raise ValueError(
+                f"optimizers were given, but with {engine} Trainer makes an optimiser and a schedule of its own: leave "
+                "them out and set those of TrainingArguments, leave the engine out, or train with san-hf train."
+            )
         args.remove_unused_columns = False
         if isinstance(metrics := kwargs.get("compute_metrics"), TrainerMetrics):
             args.batch_eval_metrics = True
@@ -216,6 +226,9 @@ class SANTrainer(Trainer):
             kwargs.setdefault("preprocess_logits_for_metrics", metrics.label_maps)
         super().__init__(model, args, data_collator, **kwargs)
         check_same_ignore_index(self)
+        check_engine(self.accelerator)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            give_temperature_a_dimension(self.accelerator.unwrap_model(model))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one step, each with the `target_counts` of all of them, over all processes."""
@@ -227,6 +240,13 @@ class SANTrainer(Trainer):
             counts = self.accelerator.reduce(counts.to(device), "sum")
             batches = [{**batch, "target_counts": counts} for batch in batches]
         return batches, num_items
+
+
+def _engine_asked_for(args: TrainingArguments) -> str | None:
+    if args.deepspeed_plugin is not None:
+        return "DeepSpeed"
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return "FSDP" if by_launcher or args.fsdp_plugin_args is not None else None
 
 
 def check_same_ignore_index(trainer: Trainer) -> None:

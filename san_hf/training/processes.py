@@ -95,6 +95,12 @@ def check_launch(accelerator: Accelerator, config: TrainingConfig) -> None:
             f"training.mixed_precision is {precision}, but DeepSpeed's configuration makes it "
             f"{accelerator.mixed_precision}: change one of them."
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate (1.15) would quietly train in float32.
+        raise ConfigError(
+            "training.mixed_precision is fp16 (by itself or Accelerate's configuration), which a CPU doesn't train in: "
+            "set training.mixed_precision=bf16, or no."
+        )
     accumulation = config.training.gradient_accumulation
     if accumulation != accelerator.gradient_accumulation_steps:
         raise ConfigError(

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from san_hf.files import json_text, write_file
+from san_hf.files import json_text, remove_folder, write_file
 from san_hf.json_files import parse_json
 from san_hf.messages import for_terminal, one_line
 
@@ -62,6 +62,8 @@ class RunLog:
         self.file = None
         if accelerator.is_main_process:
             self.file = (output / LOG_FILE).open("a", encoding="utf-8")
+        # Of the main process alone: elsewhere, Accelerate's trackers are empty shells.
+        self.trackers: list[Any] = []
         if logging.trackers:
             options = {
                 "tensorboard": {"purge_step": step + (0 if evaluates_again else 1)},
@@ -71,17 +73,20 @@ class RunLog:
                 accelerator.init_trackers(
                     logging.project, init_kwargs={name: options[name] for name in logging.trackers}
                 )
-                if accelerator.is_main_process:
-                    self._describe_run(_flat(config), step)
+                self.trackers = accelerator.trackers if accelerator.is_main_process else []
+                self._describe_run(_flat(config), step)
             except Exception as error:  # each tracker has errors of its own
                 raise ConfigError(
                     f"logging.trackers: {', '.join(logging.trackers)} can't be started: {one_line(error)}. Leave it "
                     "out, or, for wandb without an account or a network, set WANDB_MODE=offline."
                 ) from error
-        if evaluates_again and accelerator.is_main_process:  # what was dropped with the evaluation
-            for record in read_log(output):
-                if record["step"] == step and "validation" not in record:
-                    self._track_step(record)
+        for tracker in self.trackers:
+            if tracker.name == "wandb" and tracker.tracker.offline:
+                self._begin_offline_again(tracker, output)
+            elif evaluates_again:  # what was dropped with the evaluation
+                for record in read_log(output):
+                    if record["step"] == step and "validation" not in record:
+                        self._track(record, [tracker])
 
     def __enter__(self) -> "RunLog":
         return self
@@ -91,32 +96,29 @@ class RunLog:
             self.file.close()
         # Not accelerator.end_training(): it also destroys the process group, which the model still holds. Freed with
         # the model, gloo's threads and the interpreter lock may then wait for each other for good (torch 2.13).
-        for tracker in self.accelerator.trackers:
+        for tracker in self.trackers:
             tracker.finish()
 
     def step(self, record: dict[str, Any]) -> None:
         """One step: `step`, the losses, `learning_rate` and so on, all numbers."""
         self._write(record)
-        self._track_step(record)
+        self._track(record, self.trackers)
         if record["step"] % self.logging.every == 0 or record["step"] in (1, self.steps):
             self.say(_step_line(record, self.steps))
 
     def evaluation(self, step: int, metrics: Mapping[str, float], seconds: float, best: bool) -> None:
         """The metrics of an evaluation, in percent."""
         values = {key: None if math.isnan(value) else value for key, value in metrics.items()}
-        self._write({"step": step, "validation": values, "seconds": round(seconds, 2), "best": best})
-        known = {f"validation/{key}": value for key, value in values.items() if value is not None}
-        self._track(known | {"validation/step": step}, step)
+        record = {"step": step, "validation": values, "seconds": round(seconds, 2), "best": best}
+        self._write(record)
+        self._track(record, self.trackers)
         shown = ", ".join(f"{key} {value:.2f}" for key, value in metrics.items())
         self.say(f"step {step}/{self.steps}  validation: {shown}" + ("  (best so far)" if best else ""))
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """A drawing of examples for the trackers."""
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
-            else:
-                tracker.log_images({"validation": [picture]}, step=max(step, tracker.tracker.step))
+        for tracker in self.trackers:
+            self._track_picture(step, picture, tracker)
 
     def say(self, text: str) -> None:
         """A line on the console."""
@@ -129,7 +131,7 @@ class RunLog:
             os.fsync(self.file.fileno())
 
     def _describe_run(self, config: dict[str, Any], step: int) -> None:
-        for tracker in self.accelerator.trackers:
+        for tracker in self.trackers:
             if tracker.name == "wandb":
                 tracker.store_init_configuration(config)
                 # An evaluation belongs to its step, whatever W&B has counted when a resumed run makes it.
@@ -153,13 +155,39 @@ class RunLog:
                     "the cause and continue with --resume."
                 ) from error
 
-    def _track_step(self, record: dict[str, Any]) -> None:
-        self._track({f"train/{key}": value for key, value in record.items() if key != "step"}, record["step"])
-
-    def _track(self, values: dict[str, Any], step: int) -> None:
-        for tracker in self.accelerator.trackers:
+    def _track(self, record: dict[str, Any], trackers: Sequence[Any]) -> None:
+        """Has trackers know of a line of log.jsonl."""
+        step = record["step"]
+        if "validation" in record:
+            values = {f"validation/{key}": value for key, value in record["validation"].items() if value is not None}
+            values["validation/step"] = step
+        else:
+            values = {f"train/{key}": value for key, value in record.items() if key != "step"}
+        for tracker in trackers:
             # W&B drops what comes for an earlier step than the last one.
             tracker.log(values, step=max(step, tracker.tracker.step) if tracker.name == "wandb" else step)
+
+    def _track_picture(self, step: int, picture: Image.Image, tracker: Any) -> None:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+        else:
+            tracker.log_images({"validation": [picture]}, step=max(step, tracker.tracker.step))
+
+    def _begin_offline_again(self, tracker: Any, output: Path) -> None:
+        """
+        Has W&B's folder of a run without a network hold all of the run, and be the only one. A killed process leaves
+        one that lacks what W&B (0.31) had not yet written, and has what came after the checkpoint.
+        """
+        current = Path(tracker.tracker.dir).parent
+        for folder in (output / "wandb").glob("offline-run-*"):
+            if folder.name != current.name:
+                remove_folder(folder)
+        for record in read_log(output):
+            self._track(record, [tracker])
+            picture = output / "pictures" / f"step-{record['step']:08d}.png"
+            if "validation" in record and picture.is_file():
+                with Image.open(picture) as opened:
+                    self._track_picture(record["step"], opened, tracker)
 
 
 class Clock:

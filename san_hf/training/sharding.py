@@ -85,8 +85,7 @@ def prepare_for_engine(
     """
     if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         return
-    # A tensor without dimensions can't be spread. `whole_model` and `save_pretrained` take the dimension away again.
-    model.logit_scale = nn.Parameter(model.logit_scale.detach().reshape(1), model.logit_scale.requires_grad)
+    give_temperature_a_dimension(model)
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.auto_wrap_policy is size_based_auto_wrap_policy:
@@ -107,6 +106,12 @@ def prepare_for_engine(
         )
         # So that the whole model can be had back.
         settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+
+
+def give_temperature_a_dimension(model: SANForSemanticSegmentation) -> None:
+    """A tensor without dimensions can't be spread; [`whole_model`] and `save_pretrained` take it away again."""
+    # The same parameter: an optimiser may have it already.
+    model.logit_scale.data = model.logit_scale.data.reshape(1)
 
 
 def whole_model(accelerator: Accelerator, model: nn.Module) -> SANForSemanticSegmentation:

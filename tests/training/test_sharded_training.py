@@ -199,6 +199,13 @@ def test_processes_that_do_not_know_each_other(monkeypatch, tmp_path, environmen
         check_launch(accelerator, config)
 
 
+def test_half_precision_that_is_not_in_force(tmp_path):
+    """fp16 on a CPU, where Accelerate quietly trains in float32."""
+    config = configure(tmp_path, tmp_path / "out", "training.mixed_precision=fp16")
+    (outcome,) = Run(lambda: check_launch(Accelerator(cpu=True, mixed_precision="fp16"), config)).outcomes()
+    assert outcome[0] == "ConfigError" and "set training.mixed_precision=bf16" in outcome[1]
+
+
 @pytest.mark.parametrize(("processes", "threads", "hint"), [(2, 2, True), (2, 1, False), (1, 8, False)])
 def test_more_threads_than_cores(monkeypatch, processes, threads, hint):
     """Processes on CPUs that wait for each other's threads, 20 times as long, and nothing says why."""

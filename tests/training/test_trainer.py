@@ -261,6 +261,20 @@ def test_trainer_says_what_to_set(folder, tmp_path, options, message):
         evaluated(folder, tmp_path, **options)
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DeepSpeed"])
+def test_optimizers_that_an_engine_drops(tmp_path, monkeypatch, engine):
+    """An optimiser and a schedule that `Trainer` replaces under DeepSpeed, and the learning rate quietly is another."""
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    if engine == "FSDP":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        arguments.deepspeed_plugin = object()
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=f"optimizers were given, but with {engine}"):
+        SANTrainer(model, arguments, optimizers=(optimizer, None))
+
+
 def test_plain_trainer_does_not_accumulate(folder, tmp_path):
     """transformers' own `Trainer` can't tell the model of the other batches: refused, not another loss."""
     model, processor = from_pretrained(folder / "model")
