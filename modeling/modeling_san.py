@@ -24,7 +24,8 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
 from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
-from .configuration_san import SANConfig, check_carried_names
+from .configuration_checks_san import check_carried_names
+from .configuration_san import SANConfig
 from .loss_san import (
     check_whole_step,
     classes_of_maps,
