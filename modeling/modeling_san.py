@@ -14,7 +14,15 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
@@ -23,6 +31,9 @@ from transformers.models.auto.modeling_auto import (
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
+from .adapter_folder_san import HUB_ARGUMENTS, complete_with_base, find_lora, find_side_adapter
+from .adapters_san import SideAdapterMixin
+from .base_clip_san import CLIP_PARTS, clip_name, find_commit
 from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
 from .configuration_checks_san import check_carried_names
 from .configuration_san import SANConfig
@@ -45,8 +56,6 @@ from .side_adapter_san import AttentionBiasScaling, MaskDecoder, SideAdapter
 
 # Prompts that go through the text tower at once: bounds memory for large vocabularies.
 TEXT_BATCH_SIZE = 1024
-# What says where a file of a checkpoint is, among the arguments of `from_pretrained`.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class SANPreTrainedModel(PreTrainedModel):
@@ -94,25 +103,57 @@ class SANPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, config=None, output_loading_info: bool = False, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        config=None,
+        output_loading_info: bool = False,
+        base_model: str | None = None,
+        **kwargs,
     ):
         """
         [`PreTrainedModel.from_pretrained`], and CLIP frozen as `config.freeze_clip` says.
 
+        A folder or repository may also hold a side adapter alone; the CLIP that it was trained on is then loaded from
+        where its configuration says, or from `base_model`, and compared with the digest there.
+
         Raises:
+            OSError: there is no such checkpoint, or the base of a side adapter isn't there.
             ValueError: `config` or the other arguments name other classes than those that the checkpoint carries
-                embeddings for, or it lacks these embeddings.
+                embeddings for, or it lacks these embeddings; or the base of a side adapter is another CLIP.
         """
-        if getattr(config, "vocabulary_size", 0) and pretrained_model_name_or_path is not None:
-            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            saved = SANConfig.get_config_dict(pretrained_model_name_or_path, **where)[0]
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        name, adapter_file = pretrained_model_name_or_path, None
+        is_given = isinstance(config, PreTrainedConfig)
+        if is_given and name is not None and config.vocabulary_size:
+            saved = SANConfig.get_config_dict(name, **where)[0]
             if saved.get("vocabulary_size"):
-                names = ("id2label", "num_labels", "vocabulary_size")
-                check_carried_names(saved, {name: getattr(config, name) for name in names})
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
-        )
-        model, info = loaded
+                carried = ("id2label", "num_labels", "vocabulary_size")
+                check_carried_names(saved, {field: getattr(config, field) for field in carried})
+        if name is not None:
+            known = config.to_dict() if is_given else SANConfig.get_config_dict(config or name, **where)[0]
+            adapter_file = find_side_adapter(name, known, **where)
+        load: Any = super().from_pretrained
+        if adapter_file is None:
+            model, info = load(name, *args, config=config, output_loading_info=True, **kwargs)
+        else:
+            if not is_given:
+                fields = {field: kwargs.pop(field) for field in list(kwargs) if field in SANConfig.__dataclass_fields__}
+                kwargs |= {field: fields.pop(field) for field in ("dtype",) if field in fields}
+                config = SANConfig.from_pretrained(config or name, **where, **fields)
+            hub_options = {option: value for option, value in where.items() if option not in ("revision", "subfolder")}
+            state_dict = complete_with_base(config, adapter_file, base_model, **hub_options)
+            kwargs = {option: value for option, value in kwargs.items() if option not in where}
+            model, info = load(None, config=config, state_dict=state_dict, output_loading_info=True, **kwargs)
+            model.config.name_or_path = model.name_or_path = os.fspath(name)
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(
+                    f"'{adapter_file}' is incomplete: {len(missing)} tensors are missing ({', '.join(missing[:3])}). "
+                    "Get the folder again."
+                )
+        if name is not None and (lora := find_lora(name, model.config, **where)) is not None:
+            model.load_adapter(lora, is_trainable=True)
+            model.eval()
         lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         if "class_embeds" in lacking:
             raise ValueError(
@@ -124,14 +165,18 @@ class SANPreTrainedModel(PreTrainedModel):
         model.freeze_clip()
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args, **kwargs):
-        """[`PreTrainedModel.save_pretrained`]; [`AutoModel`] finds [`SANModel`] in the folder, whatever was saved."""
+    def complete_config(self) -> None:
+        """Puts into the configuration what has to be saved of this model beside its weights."""
         # Transformers adds the auto class of this very model, of which there can be one only.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = {**auto_map, "AutoModel": "modeling_san.SANModel"}
         # It writes this model's dtype into the configuration, and not into CLIP's.
         for part in (self.config.clip_config, self.config.clip_vision_config, self.config.clip_text_config):
             cast(CLIPConfig, part).dtype = self.dtype
+
+    def save_pretrained(self, *args, **kwargs):
+        """[`PreTrainedModel.save_pretrained`]; [`AutoModel`] finds [`SANModel`] in the folder, whatever was saved."""
+        self.complete_config()
         # Engines that spread a model over processes can't spread a tensor without dimensions: it has one meanwhile.
         logit_scale = cast(torch.Tensor | None, getattr(self, "logit_scale", None))
         if logit_scale is not None and logit_scale.dim():
@@ -146,7 +191,7 @@ class SANPreTrainedModel(PreTrainedModel):
         if not self.config.freeze_clip:
             return
         for name, parameter in self.named_parameters():
-            if self.is_clip_parameter(name) and not name.endswith("vision_model.embeddings.position_embedding.weight"):
+            if clip_name(name) is not None:
                 parameter.requires_grad_(False)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
@@ -163,14 +208,7 @@ class SANPreTrainedModel(PreTrainedModel):
     @staticmethod
     def is_clip_parameter(name: str) -> bool:
         """Whether the parameter `name` of a SAN model is one of CLIP's."""
-        name = name.removeprefix("model.")
-        return name.split(".")[0] in (
-            "vision_model",
-            "visual_projection",
-            "text_model",
-            "text_projection",
-            "logit_scale",
-        )
+        return name.removeprefix("model.").split(".")[0] in CLIP_PARTS
 
     def get_input_embeddings(self) -> nn.Module:
         """CLIP's embedding of patches and positions, as one: FSDP gives it a unit, which can't be within another's."""
@@ -336,7 +374,7 @@ class SANModel(SANPreTrainedModel):
         )
 
 
-class SANForSemanticSegmentation(SANPreTrainedModel):
+class SANForSemanticSegmentation(SideAdapterMixin, SANPreTrainedModel):
     """
     SAN with CLIP's text tower as the classifier, and the training loss: an image and class names in, masks with their
     classes out.
@@ -386,8 +424,12 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         clip_config = clip.config.to_dict()
         if os.path.isdir(pretrained_model_name_or_path):
             clip_config.pop("_name_or_path", None)  # it would be saved, and means nothing on another machine
+        hub_options = {name: overrides[name] for name in HUB_ARGUMENTS if name in overrides}
+        is_folder = os.path.isdir(pretrained_model_name_or_path)
+        base = os.path.abspath(pretrained_model_name_or_path) if is_folder else pretrained_model_name_or_path
+        commit = find_commit(pretrained_model_name_or_path, **hub_options)
         model = cls._from_config(
-            SANConfig(clip_config=clip_config, **adapter),
+            SANConfig(clip_config=clip_config, base_model_name_or_path=base, base_model_revision=commit, **adapter),
             dtype=clip.dtype,
             attn_implementation=clip.config._attn_implementation,
         )
@@ -587,6 +629,7 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         output_clip_feature_maps: bool | None = None,
+        side_adapter: str | None = None,
         **targets: Unpack[SANTargets],
     ) -> SANForSemanticSegmentationOutput:
         """
@@ -614,6 +657,8 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
                 Whether to return attention weights (computed by the eager implementation).
             output_clip_feature_maps (`bool`, *optional*):
                 Whether to return CLIP's feature maps.
+            side_adapter (`str`, *optional*):
+                Name of the side adapter to use for this call, if not `active_side_adapter`.
             **targets ([`SANTargets`]):
                 `mask_labels` and `class_labels` instead of `labels`; `target_counts` where gradients are accumulated.
 
@@ -621,6 +666,20 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
             ValueError: no classes, or a shape or label that doesn't fit; or gradients that are accumulated without
                 `target_counts`.
         """
+        if side_adapter is not None and side_adapter != self.active_side_adapter:
+            return self.get_side_adapter(side_adapter)(
+                pixel_values,
+                input_ids,
+                attention_mask,
+                class_embeds,
+                labels,
+                image_sizes,
+                output_auxiliary_logits,
+                output_hidden_states,
+                output_attentions,
+                output_clip_feature_maps,
+                **targets,
+            )
         mask_labels, class_labels, target_counts = self._check_targets(labels, targets)
 
         # Masks (B, Q, Hs, Ws) and what CLIP recognises in them (B, Q, D).
