@@ -175,8 +175,10 @@ def lora_layers(model: nn.Module) -> list[Any]:
     """The layers that PEFT has wrapped."""
     if not getattr(model, "peft_config", None):
         return []
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
+    try:  # else PEFT would be needed for loading the code of any checkpoint
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return []
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
@@ -196,8 +198,10 @@ def activate_lora(model: nn.Module, names: tuple[str, ...]) -> None:
 
 def save_lora(model: nn.Module, folder: str, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Writes the PEFT adapter in force as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
-    from peft import get_peft_model_state_dict
-
+    try:
+        from peft import get_peft_model_state_dict
+    except ImportError as error:
+        raise ImportError(f"LoRA weights are saved by PEFT: pip install peft ({error})") from error
     names = active_lora(model)
     if len(names) > 1:
         raise ValueError(f"Several PEFT adapters are in force, {', '.join(names)}, and one can be saved: set_adapter.")

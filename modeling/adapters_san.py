@@ -105,6 +105,49 @@ class SideAdapterMixin(PreTrainedModel):
             os.remove(stale)
         return None
 
+    def set_base_model(
+        self,
+        name_or_path: str | None = None,
+        revision: str | None = None,
+        *,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **hub_options: Any,
+    ) -> None:
+        """
+        Makes sure that the configuration names the CLIP under this model, with its digest, and that it is that CLIP.
+
+        Args:
+            name_or_path: a folder or repository; by default the one that the model was made from.
+            revision: its branch, tag or commit.
+            state_dict: the model's tensors, if not `state_dict()`.
+            **hub_options: `cache_dir`, `token`, `local_files_only`.
+
+        Raises:
+            ValueError: the base isn't known, or the model's CLIP isn't that base any more.
+            OSError: the base can't be loaded.
+        """
+        config, clip = self.config, select_clip(self.state_dict() if state_dict is None else state_dict)
+        base_name = name_or_path or config.base_model_name_or_path
+        if base_name is None:
+            raise ValueError(
+                "This model doesn't know which CLIP it was made from, and a side adapter means nothing without: say "
+                "so with base_model='openai/clip-vit-base-patch16', or whichever it is."
+            )
+        trained = "A side adapter alone can't bring that back: save the whole model, or train CLIP by LoRA."
+        if name_or_path is not None or config.base_model_sha256 is None:
+            revision = config.base_model_revision if name_or_path is None else revision
+            base = load_base(base_name, revision=revision, **hub_options)
+            if differences := describe_differences(clip, select_clip(base.state_dict())):
+                raise ValueError(
+                    f"The CLIP of this model isn't '{base_name}', or was trained: {differences}. {trained}"
+                )
+            record_base(config, base_name, base, revision=revision, **hub_options)
+        else:
+            try:
+                check_base(config, clip, "The CLIP of this model was trained, or")
+            except ValueError as error:
+                raise ValueError(f"{error} {trained}") from None
+
     def save_side_adapter(
         self,
         save_directory: str | os.PathLike,
@@ -138,25 +181,7 @@ class SideAdapterMixin(PreTrainedModel):
         """
         config, state = self.config, dict(self.state_dict() if state_dict is None else state_dict)
         hub_options = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
-        name = base_model or config.base_model_name_or_path
-        if name is None:
-            raise ValueError(
-                "This model doesn't know which CLIP it was made from, and a side adapter means nothing without: say "
-                "so with base_model='openai/clip-vit-base-patch16', or whichever it is."
-            )
-        clip = select_clip(state)
-        trained = "A side adapter alone can't bring that back: save the whole model, or train CLIP by LoRA."
-        if base_model is not None or config.base_model_sha256 is None:
-            revision = config.base_model_revision if base_model is None else base_model_revision
-            base = load_base(name, revision=revision, **hub_options)
-            if differences := describe_differences(clip, select_clip(base.state_dict())):
-                raise ValueError(f"The CLIP of this model isn't '{name}', or was trained: {differences}. {trained}")
-            record_base(config, name, base, revision=revision, **hub_options)
-        else:
-            try:
-                check_base(config, clip, "The CLIP of this model was trained, or")
-            except ValueError as error:
-                raise ValueError(f"{error} {trained}") from None
+        self.set_base_model(base_model, base_model_revision, state_dict=state, **hub_options)
         if not is_main_process:
             return
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in select_side_adapter(state).items()}
