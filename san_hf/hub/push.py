@@ -27,6 +27,7 @@ def save_pretrained(
     *,
     facts: dict[str, Any] | None = None,
     model_id: str | None = None,
+    adapter_only: bool = False,
 ) -> None:
     """
     Writes what belongs together: weights, configuration, code, processor, tokenizer and card.
@@ -40,14 +41,16 @@ def save_pretrained(
             licence.
         model_id: the name the card's example loads; by default the folder, as it is given if that is a relative path,
             else its own name.
+        adapter_only: whether to leave out CLIP, see `model.save_side_adapter`.
 
     Raises:
         OSError: the folder can't be written.
+        ValueError: with `adapter_only`, the model's CLIP was trained, or isn't known.
     """
     folder = Path(folder)
     model_id = model_id or name_for_others(folder)
     with nullcontext(folder) if folder.exists() else new_folder(folder) as target:
-        model.save_pretrained(target)
+        model.save_pretrained(target, adapter_only=adapter_only, **({"processor": processor} if adapter_only else {}))
         processor.save_pretrained(target)
         render_card({"title": model_id.split("/")[-1]} | (facts or {}), model_id).save(target / "README.md")
         honour_umask(target)
