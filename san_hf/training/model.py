@@ -6,6 +6,7 @@ from transformers import AutoTokenizer
 from san_hf.data import SegmentationDataset
 from san_hf.hub import load_model
 from san_hf.loading import check_tokenizer
+from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.paths import expand_path
 
@@ -56,6 +57,19 @@ def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANFo
         model.logit_scale.requires_grad_(False)
     set_vocabulary(model, processor, data.class_names)
     return model, processor
+
+
+def check_base(model: SANForSemanticSegmentation, section: ModelSection) -> None:
+    """
+    Before a training whose models are to be saved without their CLIP.
+
+    Raises:
+        ConfigError: the CLIP under the model isn't known, can't be loaded or is another one.
+    """
+    try:
+        model.set_base_model(None if section.base is None else expand_path(section.base))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"checkpoints.adapter_only is not possible: {one_line(error)} (model.base)") from error
 
 
 def set_vocabulary(model: SANForSemanticSegmentation, processor: SANProcessor, class_names: list[str]) -> None:

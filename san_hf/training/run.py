@@ -27,16 +27,16 @@ from san_hf.modeling import SANForSemanticSegmentation
 from san_hf.paths import expand_path
 
 from .augmentation import TrainingTransform
-from .checkpoint import list_checkpoints, load_checkpoint, note_evaluation, save_checkpoint
+from .checkpoint import leave_out_clip, list_checkpoints, load_checkpoint, note_evaluation, save_checkpoint
 from .collator import SegmentationCollator
 from .config import ConfigError, TrainingConfig
 from .errors import TrainingError
 from .folder import RunFolder
-from .model import build_model, set_vocabulary, trains_text
+from .model import build_model, check_base, set_vocabulary, trains_text
 from .optimization import parameter_groups, polynomial_schedule
 from .processes import check_launch, check_shared, new_shared_folder, on_main_process, warn_of_threads
 from .run_log import RunLog, check_trackers
-from .sharding import check_engine, keep_loading_whole, prepare_for_engine, whole_model
+from .sharding import check_engine, is_spread, keep_loading_whole, prepare_for_engine, whole_model
 from .stream import SampleStream, build_loader
 
 
@@ -78,6 +78,9 @@ class Run:
 
         self.data, self.validation = self._load_data()
         model, self.processor = build_model(config.model, self.data)
+        if config.checkpoints.adapter_only:
+            check_base(model, config.model)
+            leave_out_clip(self.accelerator)
         if config.training.gradient_checkpointing:
             # The older name goes once setup.py asks for a transformers that has the newer one.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -115,7 +118,8 @@ class Run:
         else:
             self.progress = progress
             on_main_process(self.accelerator, self._check_data)
-            load_checkpoint(self.accelerator, list_checkpoints(self.output)[-1])
+            has_clip = is_spread(self.accelerator) or not config.checkpoints.adapter_only
+            load_checkpoint(self.accelerator, list_checkpoints(self.output)[-1], has_clip=has_clip)
         self.progress["config"] = config.model_dump()
         self.saved = self.step
         self._lost_steps = on_main_process(self.accelerator, lambda: folder.begin(progress))
@@ -369,7 +373,10 @@ class Run:
             with new_shared_folder(self.accelerator, folder) as temporary:
                 if self.accelerator.is_main_process:
                     name = name_for_others(folder)
-                    save_pretrained(model, self.processor, temporary, facts=facts, model_id=name)
+                    adapter_only = self.config.checkpoints.adapter_only
+                    save_pretrained(
+                        model, self.processor, temporary, facts=facts, model_id=name, adapter_only=adapter_only
+                    )
         # A full disk has many names, see save_checkpoint.
         except Exception as error:
             raise TrainingError(
