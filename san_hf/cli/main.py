@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from san_hf.cli.adapters import adapters
 from san_hf.cli.console import expected_errors, replace_unprintable, show, show_stack_traces
 from san_hf.cli.convert import convert, export
 from san_hf.cli.evaluate import evaluate
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "evaluate": evaluate,
     "results": results,
+    "adapters": adapters,
 }
 
 app = typer.Typer(
