@@ -134,5 +134,5 @@ def _results(card: Path) -> list[str]:
     except (OSError, ValueError, TypeError, KeyError):
         return []
     return [
-        f"{result.dataset_name}, {result.metric_name or result.metric_type} {result.metric_value}" for result in results
+        f"{result.dataset_name}: {result.metric_name or result.metric_type} {result.metric_value}" for result in results
     ]
