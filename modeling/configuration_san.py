@@ -5,6 +5,7 @@ from typing import Any, cast
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .configuration_checks_san import DTYPES, check_carried_names, find_problems, refuse
 
@@ -193,6 +194,9 @@ class SANConfig(PreTrainedConfig):
         self.deep_supervision_layers = list(self.deep_supervision_layers)
         if self.vocabulary_size:
             check_carried_names(self.__dict__, {"num_labels": kwargs.get("num_labels")})
+        # Where this code is installed its pipelines are registered, and no remote code has to be trusted for them.
+        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
 
     def _build_clip_config(self, values: dict) -> CLIPConfig:

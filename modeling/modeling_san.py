@@ -51,6 +51,7 @@ from .outputs_san import (
     select_hidden_states,
     sizes_of_batch,
 )
+from .pipeline_san import custom_pipelines
 from .side_adapter_san import AttentionBiasScaling, MaskDecoder, SideAdapter
 
 
@@ -170,6 +171,7 @@ class SANPreTrainedModel(PreTrainedModel):
         # Transformers adds the auto class of this very model, of which there can be one only.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = {**auto_map, "AutoModel": "modeling_san.SANModel"}
+        self.config.custom_pipelines = custom_pipelines()
         # It writes this model's dtype into the configuration, and not into CLIP's.
         for part in (self.config.clip_config, self.config.clip_vision_config, self.config.clip_text_config):
             cast(CLIPConfig, part).dtype = self.dtype

@@ -5,10 +5,12 @@ vision heads; Ca the side adapter's width, Hs x Ws its grid; n bias layers.
 """
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import torch
 from transformers.utils import ModelOutput
+
+from .post_processing_san import MaskPrediction, label_map_and_scores
 
 
 @dataclass
@@ -99,12 +101,43 @@ class SANForSemanticSegmentationOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     recognition_attentions: tuple[torch.Tensor, ...] | None = None
 
+    @property
+    def logits(self) -> torch.Tensor:
+        """
+        (B, C, Hs, Ws) float32, for code that knows semantic segmentation models by their `logits`: logarithms of the
+        classes' scores, on the masks' grid laid over each image without its padding. The highest gives the label map
+        that post-processing makes at this size; a softmax over the classes, each one's share of all scores.
+
+        No field: it is computed whenever it is asked for, and what collects outputs leaves it out. At the image's own
+        size post-processing is more exact, and holds no scores of all classes at once.
+
+        Raises:
+            ValueError: outputs without masks, classes or sizes, or logits that are not finite.
+        """
+        masks, classes, padded, patches = (
+            self.masks_queries_logits,
+            self.class_queries_logits,
+            self.padded_sizes,
+            self.patch_sizes,
+        )
+        if masks is None or classes is None or padded is None or patches is None:
+            raise ValueError(
+                "These outputs have no logits for pixels: expected masks, classes and sizes, as forward gives."
+            )
+        sizes = padded if self.image_sizes is None else self.image_sizes
+        scores = []
+        for mask, logits, patch, size in zip(masks, classes, patches.tolist(), sizes.tolist()):
+            grid = (mask.shape[-2], mask.shape[-1])
+            prediction = MaskPrediction.from_logits(mask, logits, tuple(patch), tuple(size), grid)
+            scores.append(cast(torch.Tensor, label_map_and_scores([prediction], return_scores=True)[1]))
+        return torch.stack(scores).clamp(min=torch.finfo(torch.float32).tiny).log()
+
     def __getitem__(self, key):
         if key == "logits":  # what `Trainer`'s label smoothing asks every model for
             raise ValueError(
                 "SAN has no logits of classes for each pixel, which label smoothing needs: leave "
                 "label_smoothing_factor at 0 in TrainingArguments. Its logits are class_queries_logits and "
-                "masks_queries_logits."
+                "masks_queries_logits; the attribute, outputs.logits, makes scores of pixels from them."
             )
         return super().__getitem__(key)
 

@@ -23,6 +23,7 @@ def register_auto_classes() -> None:
 
     # Transformers up to 5.17 offers it at the top level only where torchvision imports
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    from transformers.pipelines import PIPELINE_REGISTRY
 
     from san_hf.modeling import (
         SANConfig,
@@ -32,6 +33,7 @@ def register_auto_classes() -> None:
         SANModel,
         SANProcessor,
     )
+    from san_hf.modeling.pipeline_san import TASK, OpenVocabularySegmentationPipeline, SANImageSegmentationPipeline
 
     AutoConfig.register(SANConfig.model_type, SANConfig)
     AutoModel.register(SANConfig, SANModel)
@@ -40,6 +42,11 @@ def register_auto_classes() -> None:
         SANConfig, image_processor_classes={"torchvision": SANImageProcessor, "pil": SANImageProcessorPil}
     )
     AutoProcessor.register(SANConfig, SANProcessor)
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK, OpenVocabularySegmentationPipeline, pt_model=AutoModelForSemanticSegmentation, type="image"
+    )
+    # Not by register_pipeline: what it registers is saved with every model.
+    PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = SANImageSegmentationPipeline
 
 
 def register_when_imported() -> None:
