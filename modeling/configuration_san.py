@@ -194,10 +194,23 @@ class SANConfig(PreTrainedConfig):
         self.deep_supervision_layers = list(self.deep_supervision_layers)
         if self.vocabulary_size:
             check_carried_names(self.__dict__, {"num_labels": kwargs.get("num_labels")})
-        # Where this code is installed its pipelines are registered, and no remote code has to be trusted for them.
-        if not type(self).__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+        if self._is_installed():
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def _is_installed(cls) -> bool:
+        """
+        Whether this code is installed rather than a checkpoint's. Its pipelines are registered then; by their names in
+        `custom_pipelines`, which checkpoints need elsewhere, Transformers would ask for trust in remote code.
+        """
+        return not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+
+    def save_pretrained(self, *args, **kwargs):
+        """[`PreTrainedConfig.save_pretrained`]"""
+        super().save_pretrained(*args, **kwargs)
+        if self._is_installed():
+            self.__dict__.pop("custom_pipelines", None)
 
     def _build_clip_config(self, values: dict) -> CLIPConfig:
         values = {**values, "dtype": self.dtype, "id2label": None, "label2id": None}

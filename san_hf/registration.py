@@ -11,10 +11,15 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
+
+from san_hf.hub.names import EMBEDDED_MODEL
 
 
 MODELS = "san_hf.modeling"
+# What a pipeline is without a model, as the rest of the package has it.
+EMBEDDED_FOLDER = Path(__file__).with_name("checkpoints") / EMBEDDED_MODEL
 
 
 def register_auto_classes() -> None:
@@ -43,7 +48,11 @@ def register_auto_classes() -> None:
     )
     AutoProcessor.register(SANConfig, SANProcessor)
     PIPELINE_REGISTRY.register_pipeline(
-        TASK, OpenVocabularySegmentationPipeline, pt_model=AutoModelForSemanticSegmentation, type="image"
+        TASK,
+        OpenVocabularySegmentationPipeline,
+        pt_model=AutoModelForSemanticSegmentation,
+        default={"model": (str(EMBEDDED_FOLDER), "main")},
+        type="image",
     )
     # Not by register_pipeline: what it registers is saved with every model.
     PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = SANImageSegmentationPipeline

@@ -1,6 +1,7 @@
 """`pipeline("open-vocabulary-segmentation", ...)`, Transformers' own pipeline beside it, and `outputs.logits`."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +245,13 @@ def test_what_is_refused(images, segmenter, call, expected):
             pipeline(TASK, model=segmenter.model, processor=segmenter.processor, **call)
 
 
+def test_default_model(images):
+    """A KeyError where no model is named."""
+    segmenter = pipeline(TASK, device="cpu")
+    assert Path(segmenter.model.name_or_path).name == "picture-book"
+    assert segmenter(images[0], candidate_labels=NAMES)
+
+
 def test_an_empty_folder_is_refused(segmenter, tmp_path):
     """Nothing that looks like success."""
     with pytest.raises(ValueError, match="holds no image"):
@@ -299,6 +307,7 @@ def test_saved_and_loaded(folder, images, segmenter, tmp_path):
         "image-segmentation": "pipeline_san.SANImageSegmentationPipeline",
     }
     assert not hasattr(AutoConfig.from_pretrained(folder), "custom_pipelines")
+    assert not hasattr(segmenter.model.config, "custom_pipelines")
     trusting = pipeline(TASK, model=str(folder), trust_remote_code=True)
     assert type(trusting) is OpenVocabularySegmentationPipeline
 
