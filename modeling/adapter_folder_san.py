@@ -5,13 +5,13 @@ even where CLIP is frozen), the no-object embedding, the embeddings of a carried
 if there are any.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
@@ -24,26 +24,11 @@ from .processing_san import SANProcessor
 
 
 SIDE_ADAPTER_FILE = "side_adapter.safetensors"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-LORA_FOLDER = "lora"
+WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES = (WHOLE_FILE, INDEX_FILE, "pytorch_model.bin")
+LORA_FOLDER, LORA_FILE = "lora", "adapter_model.safetensors"
 # What says where a file of a checkpoint is, among the arguments of `from_pretrained`.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-CARD = """---
-{metadata}
----
-
-# Side adapter of SAN on {base}
-
-What was trained of [SAN](https://arxiv.org/abs/2302.12242) (Xu et al., CVPR 2023) for open-vocabulary semantic
-segmentation, without the CLIP that it was trained on: `from_pretrained` fetches that from `{base}` and compares its
-digest. Nothing is said here about training data, licence and results.
-
-```python
-from transformers import AutoModelForSemanticSegmentation
-
-model = AutoModelForSemanticSegmentation.from_pretrained("PATH_OR_REPOSITORY", trust_remote_code=True)
-```
-"""
 
 
 def select_side_adapter(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -98,7 +83,7 @@ def find_lora(name_or_path: str | os.PathLike, config: SANConfig, **where: Any) 
     if config.lora_folder is None:
         return None
     where = {**where, "subfolder": "/".join(filter(None, (where.get("subfolder"), config.lora_folder)))}
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", LORA_FILE):
         path = str(cached_file(name_or_path, name, **where))
     return os.path.dirname(path)
 
@@ -148,24 +133,13 @@ def find_processor(config: SANConfig, name_or_path: str | None, **hub_options: A
         except (OSError, ValueError):
             pass
     size = {"shortest_edge": config.image_size, "longest_edge": 4 * config.image_size}
+    if config.base_model_name_or_path is None:
+        raise ValueError(
+            "The model's processor isn't known, as the model was neither loaded from a folder that has one nor made "
+            "from a CLIP: give it, processor=..."
+        )
     tokenizer = AutoTokenizer.from_pretrained(base, revision=config.base_model_revision, **hub_options)
     return SANProcessor(SANImageProcessor(size=size, ignore_index=config.semantic_loss_ignore_index), tokenizer)
-
-
-def write_minimal_card(config: SANConfig, path: str) -> None:
-    """A card that claims nothing but the base, unless there is one at `path`."""
-    if os.path.exists(path):
-        return
-    base = str(config.base_model_name_or_path)
-    metadata = ModelCardData(
-        library_name="transformers", pipeline_tag="image-segmentation", tags=["san", "clip", "semantic-segmentation"]
-    )
-    if os.path.isdir(base):
-        base = os.path.basename(base)  # where a folder is means nothing on another machine
-    else:
-        metadata["base_model"], metadata["base_model_relation"] = base, "adapter"
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(CARD.format(metadata=metadata.to_yaml(), base=base))
 
 
 # ---- LoRA of CLIP beside a side adapter
@@ -196,21 +170,29 @@ def activate_lora(model: nn.Module, names: tuple[str, ...]) -> None:
             layer.set_adapter(list(names))
 
 
-def save_lora(model: nn.Module, folder: str, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Writes the PEFT adapter in force as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
+def lora_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the PEFT adapter in force, by the names that PEFT saves them by; none without one."""
+    if not (names := active_lora(model)):
+        return {}
     try:
         from peft import get_peft_model_state_dict
     except ImportError as error:
         raise ImportError(f"LoRA weights are saved by PEFT: pip install peft ({error})") from error
-    names = active_lora(model)
     if len(names) > 1:
         raise ValueError(f"Several PEFT adapters are in force, {', '.join(names)}, and one can be saved: set_adapter.")
     weights = get_peft_model_state_dict(model, state_dict=dict(state_dict), adapter_name=names[0])
-    tensors = {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+    return {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+
+
+def save_lora(model: nn.Module, folder: str, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Writes the PEFT adapter in force as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
+    tensors = lora_tensors(model, state_dict)
     os.makedirs(folder, exist_ok=True)
     peft_configs: Any = model.peft_config
-    peft_configs[names[0]].save_pretrained(folder)
-    save_file(tensors, os.path.join(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+    peft_config = copy.copy(peft_configs[active_lora(model)[0]])
+    peft_config.base_model_name_or_path = None  # the folder that the model came from, which may be on this machine only
+    peft_config.save_pretrained(folder)
+    save_file(tensors, os.path.join(folder, LORA_FILE), metadata={"format": "pt"})
 
 
 @contextmanager

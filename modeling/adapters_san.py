@@ -27,9 +27,9 @@ from .adapter_folder_san import (
     lora_layers,
     save_lora,
     select_side_adapter,
-    write_minimal_card,
 )
 from .base_clip_san import check_base, describe_differences, load_base, record_base, select_clip
+from .card_san import CARD_FILE, is_hub_id, known_card, new_card, write_card
 from .clip_recognition_san import hook_attention_bias
 from .configuration_san import SANConfig
 from .processing_san import SANProcessor
@@ -70,19 +70,30 @@ class SideAdapterMixin(PreTrainedModel):
 
     # ---- saving one
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, adapter_only: bool = False, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *args,
+        adapter_only: bool = False,
+        card: str | None = None,
+        **kwargs,
+    ) -> None:
         """
-        [`PreTrainedModel.save_pretrained`]; LoRA weights go into a folder beside the model's.
+        [`PreTrainedModel.save_pretrained`]; LoRA weights go into a folder beside the model's, and a card that is there
+        already says so if its results are of other weights.
 
         Args:
             save_directory: the folder.
             *args: as Transformers has them.
             adapter_only: whether to leave out CLIP, see [`save_side_adapter`], which takes the other arguments.
+            card: text of the folder's README.md, if not the one that is known. Without CLIP there is always a card.
             **kwargs: as Transformers has them, or of `save_side_adapter`.
         """
         if adapter_only:
-            return self.save_side_adapter(save_directory, *args, **kwargs)
+            return self.save_side_adapter(save_directory, *args, card=card, **kwargs)
         config, state, lora = self.config, kwargs.get("state_dict"), active_lora(self)
+        if card is None and os.path.isfile(os.path.join(save_directory, CARD_FILE)):
+            card = known_card(self, os.fspath(save_directory), self.state_dict() if state is None else state)
         if lora_layers(self):
             state = dict(self.state_dict() if state is None else state)
             whole = {key.replace(".base_layer.", "."): state[key] for key in state if ".lora_" not in key}
@@ -91,7 +102,7 @@ class SideAdapterMixin(PreTrainedModel):
         # Transformers would save LoRA alone where it knows of it, without the side adapter.
         has_lora, self._hf_peft_config_loaded = getattr(self, "_hf_peft_config_loaded", False), False
         base = config.base_model_name_or_path
-        if base is not None and os.path.isabs(base):
+        if not is_hub_id(base):
             config.base_model_name_or_path = None  # where a folder is means nothing on another machine
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -103,6 +114,8 @@ class SideAdapterMixin(PreTrainedModel):
             save_lora(self, os.path.join(save_directory, LORA_FOLDER), state or {})
         if os.path.isfile(stale := os.path.join(save_directory, SIDE_ADAPTER_FILE)):
             os.remove(stale)
+        if card:
+            write_card(card, os.fspath(save_directory), config, adapter_only=False)
         return None
 
     def set_base_model(
@@ -157,12 +170,12 @@ class SideAdapterMixin(PreTrainedModel):
         base_model: str | None = None,
         base_model_revision: str | None = None,
         processor: SANProcessor | None = None,
+        card: str | None = None,
         **kwargs: Any,
     ) -> None:
         """
         What `save_pretrained(save_directory, adapter_only=True)` does: writes what was trained and nothing else, as
-        `config.json`, `side_adapter.safetensors`, LoRA weights in a folder, code, processor and, unless there is one,
-        a card.
+        `config.json`, `side_adapter.safetensors`, LoRA weights in a folder, code, processor and a card.
 
         Args:
             save_directory: a folder; it is made if need be. Weights of a whole model in it are removed.
@@ -172,6 +185,7 @@ class SideAdapterMixin(PreTrainedModel):
             base_model_revision: its branch, tag or commit.
             processor: what is saved as processor; by default the one of where the model was loaded from, else a new
                 one with the base's tokenizer.
+            card: text of README.md; by default the one that is known.
             **kwargs: `cache_dir`, `token`, `local_files_only` for base and processor; of the other arguments of
                 `save_pretrained`, which are about large models, none is needed.
 
@@ -187,6 +201,7 @@ class SideAdapterMixin(PreTrainedModel):
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in select_side_adapter(state).items()}
         processor = processor or find_processor(config, self.name_or_path, **hub_options)
         folder = os.fspath(save_directory)
+        card = known_card(self, folder, state, processor) if card is None else card
         os.makedirs(folder, exist_ok=True)
         config.lora_folder = LORA_FOLDER if active_lora(self) else None
         self.complete_config()
@@ -201,7 +216,8 @@ class SideAdapterMixin(PreTrainedModel):
         for file in os.listdir(folder):
             if file in WEIGHT_FILES or (file.startswith("model-") and file.endswith(".safetensors")):
                 os.remove(os.path.join(folder, file))
-        write_minimal_card(config, os.path.join(folder, "README.md"))
+        name = os.path.basename(os.path.abspath(folder))
+        write_card(card or new_card(config, name, adapter_only=True), folder, config, adapter_only=True)
 
     # ---- LoRA
 

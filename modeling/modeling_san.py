@@ -52,6 +52,7 @@ from .outputs_san import (
     sizes_of_batch,
 )
 from .pipeline_san import custom_pipelines
+from .push_san import CompletePushMixin
 from .side_adapter_san import AttentionBiasScaling, MaskDecoder, SideAdapter
 
 
@@ -376,7 +377,7 @@ class SANModel(SANPreTrainedModel):
         )
 
 
-class SANForSemanticSegmentation(SideAdapterMixin, SANPreTrainedModel):
+class SANForSemanticSegmentation(CompletePushMixin, SideAdapterMixin, SANPreTrainedModel):
     """
     SAN with CLIP's text tower as the classifier, and the training loss: an image and class names in, masks with their
     classes out.

@@ -145,6 +145,7 @@ def test_folder_carries_its_code_and_nothing_else(folder):
         "adapter_folder_san.py",
         "adapters_san.py",
         "base_clip_san.py",
+        "card_san.py",
         "clip_recognition_san.py",
         "configuration_checks_san.py",
         "configuration_san.py",
@@ -158,8 +159,10 @@ def test_folder_carries_its_code_and_nothing_else(folder):
         "post_processing_san.py",
         "processing_san.py",
         "prompts_san.py",
+        "push_san.py",
         "side_adapter_san.py",
         "text_san.py",
+        "upload_san.py",
     }
     config = json.loads((folder / "config.json").read_text())
     assert {facts["impl"].split(".")[0] for facts in config["custom_pipelines"].values()} == {"pipeline_san"}
