@@ -139,7 +139,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
                 Further class names, for pixels that are none of `candidate_labels`: they compete with these, and make
                 no segments.
             threshold (`float`, *optional*):
-                Pixels whose score is lower belong to no segment, 0..1.
+                Pixels whose confidence is lower belong to no segment, 0..1: see
+                [`SANImageProcessor.post_process_semantic_segmentation`].
             prompt_templates (`str` or `list[str]`, *optional*):
                 Instead of the processor's, see [`SANProcessor`].
             side_adapter (`str`, *optional*):
@@ -156,7 +157,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
 
         Returns:
             For each image a list of segments, one for each class that is there, in the order of the class names:
-            **label** (`str`), **score** (`float`, 0..1, the mean of its pixels' scores) and **mask** (`PIL.Image`
+            **label** (`str`), **score** (`float`, 0..1, the mean of its pixels' confidence) and **mask** (`PIL.Image`
             of the image's size, 255 inside and 0 elsewhere). For an image that list, for a list or tuple a list of
             them, and otherwise an iterator, which reads as it goes. With `return_label_map`, a dictionary for each
             image, with the names of Transformers' post-processing: **segmentation**, the label map, (H, W) int64;
@@ -260,7 +261,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             maps = self.image_processor.post_process_semantic_segmentation(
                 outputs,
                 target_sizes=[items[index]["target_size"] for index in indices],
-                return_segmentation_scores=True,
+                return_confidence=True,
                 num_labels=len(names),
                 threshold=threshold,
             )
@@ -269,7 +270,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
                 label_map = result.segmentation
                 results[index] = {
                     "label_map": label_map,
-                    "scores": result.segmentation_scores.amax(0),
+                    "confidence": result.confidence,
                     "class_names": shown,
                     "num_labels": len(names),
                 }
@@ -281,7 +282,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         label_map, class_names, num_labels = (result[key] for key in ("label_map", "class_names", "num_labels"))
         labels = label_map.flatten()
         counts = labels.bincount(minlength=num_labels)
-        sums = labels.bincount(result["scores"].flatten().double(), minlength=num_labels)
+        sums = labels.bincount(result["confidence"].flatten().double(), minlength=num_labels)
         segments = {}
         for label in counts[:num_labels].nonzero()[:, 0].tolist():
             mask = PIL.Image.fromarray((label_map == label).numpy().astype(np.uint8) * 255)

@@ -63,7 +63,7 @@ def assert_same(segments, expected):
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_segments_are_those_of_the_one_path(model, processor, images, segmenter, batch_size):
     """A batch that pads images for each other's sake or mixes up their order or sizes; another label than that of
-    post-processing; a score that isn't the mean of its own pixels' scores."""
+    post-processing; a score that isn't the mean of its own pixels' confidence."""
     predictor = Predictor(model, processor)
     label_maps = predictor(images, predictor.vocabulary(NAMES))
     results = segmenter(images, candidate_labels=NAMES, batch_size=batch_size)
@@ -74,11 +74,9 @@ def test_segments_are_those_of_the_one_path(model, processor, images, segmenter,
         with torch.no_grad():
             outputs = model(**inputs)
         size = [(image.height, image.width)]
-        (result,) = processor.post_process_semantic_segmentation(outputs, size, return_segmentation_scores=True)
+        (result,) = processor.post_process_semantic_segmentation(outputs, size, return_confidence=True)
         for segment in segments:
-            own = result.segmentation_scores[NAMES.index(segment["label"])][
-                result.segmentation == NAMES.index(segment["label"])
-            ]
+            own = result.confidence[result.segmentation == NAMES.index(segment["label"])]
             assert segment["score"] == pytest.approx(own.mean().item(), abs=1e-4)
 
 

@@ -90,7 +90,7 @@ def test_mirrored_views_are_turned_back(model, processor, vocabulary, images):
 
 
 def test_expansion_and_threshold(model, processor, predictor, images):
-    """Catches classes of the expansion that are no "other", and a threshold that isn't that of the scores."""
+    """Catches classes of the expansion that are no "other", and a threshold that isn't on the confidence's scale."""
     more = ["dog", "sea"]
     expanded = predictor.vocabulary(NAMES[:2], expand=NAMES[2:])
     (got,) = predictor([images[0]], expanded)
@@ -100,9 +100,9 @@ def test_expansion_and_threshold(model, processor, predictor, images):
     with torch.inference_mode():
         outputs = model(**processor(images=images[0], text=[*NAMES, *more]))
     (result,) = processor.post_process_semantic_segmentation(
-        outputs, target_sizes=[(images[0].height, images[0].width)], return_segmentation_scores=True
+        outputs, target_sizes=[(images[0].height, images[0].width)], return_confidence=True
     )
-    best = result.segmentation_scores.amax(0)
+    best = result.confidence
     (got,) = predictor([images[0]], vocabulary)
     sure = (best - 0.6).abs() > 1e-4
     assert ((got == 6) == (best < 0.6))[sure].all()
