@@ -142,6 +142,8 @@ def _checked(facts: Any, rows: int) -> dict[str, Any]:
         raise ValueError(f"it has words of {len(words)} classes, expected them of {num_classes}")
     if not re.fullmatch("[0-9a-f]{64}", facts["text_digest"]):
         raise ValueError(f"text_digest is {facts['text_digest']!r:.80}, expected a SHA-256")
+    if not isinstance(facts["colors"], dict):
+        raise ValueError(f"colors is {facts['colors']!r:.80}, expected a mapping from class names")
     if facts["templates"]:
         split_templates(list(facts["templates"]))
     return facts | {
