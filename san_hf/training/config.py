@@ -215,8 +215,15 @@ class LoggingSection(Section):
 
 
 class HubSection(Section):
-    repo: str | None = resumable_field(None, "Repository to push the final model to: `owner/name`.")
+    repo: str | None = resumable_field(
+        None, "Repository to push the best model to, or else the final one, as `san-hf push` does: `owner/name`."
+    )
     private: bool | None = resumable_field(None, "Whether a new repository is private. Default: the account's.")
+    picture: bool = resumable_field(
+        False,
+        "Whether the card shows `pictures/best.png`, validation images and what the model makes of them. They may be "
+        "private, and only you know.",
+    )
     license: str | None = resumable_field(
         None, "Licence of the trained weights, for the card, as the Hub names it: `cc-by-4.0`. Default: none is named."
     )
