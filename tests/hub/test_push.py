@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +37,7 @@ FACTS = {
     ],
     "results_note": "Measured on 20 gardens, in percent.",
 }
+PAGE = Path(__file__).parents[2] / "san_hf" / "hub" / "README.md"
 TOKEN = "hf_thisisverysecret"
 
 
@@ -387,6 +390,22 @@ def test_names_that_are_none(hub, garden, name):
     """Catches a repository's name that is refused with a stack trace."""
     result = CliRunner().invoke(app, ["push", str(garden), name])
     assert result.exit_code == 2 and "owner/name" in result.output and "Traceback" not in result.output
+
+
+def test_the_page_runs(hub, garden, monkeypatch):
+    """Catches commands and code on the page about the Hub that don't work."""
+    monkeypatch.chdir(garden.parent)
+    garden.rename("my-san")
+    blocks = re.findall(r"<!-- test: hub -->\n```(\w+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert [language for language, _ in blocks] == ["bash", "python", "python"]
+    for language, code in blocks:
+        if language == "python":
+            exec(code, {})
+        else:
+            result = CliRunner().invoke(app, shlex.split(code)[1:])
+            assert result.exit_code == 0, result.output
+        assert "model.safetensors" in last(hub, "me/my-san") and hub.private["me/my-san"]
+        hub.commit("me/my-san", {}, set(last(hub, "me/my-san")))
 
 
 # --- a Hub that fails

@@ -3,15 +3,26 @@
 import json
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
+from transformers import CLIPModel, TrainingArguments
 from typer.testing import CliRunner
 
 from san_hf import from_pretrained
+from san_hf.cards import result_files
 from san_hf.cli import app
+from san_hf.data import SegmentationDataset, load_segmentation_dataset
+from san_hf.training import SegmentationCollator, TrainingTransform
 from san_hf.training.config import ConfigError
+from san_hf.training.config_file import load_config
+from san_hf.training.hf_trainer import EvaluationExamples, SANTrainer, TrainerMetrics, TrainingExamples
 from san_hf.training.loop import train
+from san_hf.training.run_card import measured
 from tests.training.training_runs import configure, read_log, write_root
+
+
+TOKEN = "hf_thisisverysecret"
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +90,76 @@ def test_a_run_goes_to_the_hub(hub, root, tmp_path):
     assert ModelCard(hub.repositories["someone/mine"][-1]["README.md"].decode()).data.eval_results
 
 
+def new_trainer(root, output, **options):
+    """A training of two steps, with an evaluation after each."""
+    model, processor = from_pretrained(root / "model")
+    train_data, data = (load_segmentation_dataset(root / "data", split) for split in ("train", "validation"))
+    model.set_vocabulary(data.class_names, **processor(text=data.class_names, return_tensors="pt"))
+    arguments = TrainingArguments(
+        output_dir=str(output), max_steps=2, per_device_train_batch_size=1, per_device_eval_batch_size=1,
+        eval_strategy="steps", eval_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
+        learning_rate=1e-3, train_sampling_strategy="sequential", push_to_hub=True, hub_model_id="someone/trained",
+        hub_token=TOKEN, **options,
+    )  # fmt: skip
+    return SANTrainer(
+        model,
+        arguments,
+        SegmentationCollator(processor),
+        train_dataset=TrainingExamples(train_data, TrainingTransform(64, scales=(1.0,)), length=2),
+        eval_dataset=EvaluationExamples(data, processor),
+        compute_metrics=TrainerMetrics(processor, len(data.class_names)),
+    )
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_trainer_goes_to_the_hub(hub, root, tmp_path, strategy):
+    """Catches a model of `Trainer` on the Hub without code, processor or results, or with paths of its arguments."""
+    trainer = new_trainer(root, tmp_path / "trained", hub_strategy=strategy)
+    trainer.train()
+    trainer.push_to_hub(license="cc-by-4.0", dataset="me/streets")
+    commits = hub.repositories["someone/trained"][1:]
+    assert len(commits) == (1 if strategy == "end" else 3)
+    for step, files in enumerate(commits, start=1):
+        assert {"config.json", "model.safetensors", "modeling_san.py", "processor_config.json"} <= set(files)
+        assert "training_args.bin" not in files and not any("checkpoint" in name for name in files)
+        for name, content in files.items():
+            assert not any(str(secret).encode() in content for secret in (root, tmp_path, TOKEN)), name
+        step = min(step, 2) if strategy == "every_save" else 2
+        card = ModelCard(files["README.md"].decode())
+        (logged,) = [log for log in trainer.state.log_history if log["step"] == step and "eval_mIoU" in log]
+        miou, paper = (round(logged[f"eval_{name}"], 2) for name in ("mIoU", "mIoU_over_present_or_predicted"))
+        assert [result.metric_value for result in card.data.eval_results] == [miou]
+        assert f"| data validation | 5 | {miou} | {paper} |" in card.text and f"for {step} of 2 steps" in card.text
+    assert (card.data.license, card.data.datasets) == ("cc-by-4.0", ["me/streets"])
+    assert 'from_pretrained("someone/trained"' in card.text and "sky, road, tree" in card.text
+    back = from_pretrained("someone/trained")[0].state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_trainer_that_loads_its_best(hub, root, tmp_path):
+    """Catches the last step's results on a card of the best step's weights."""
+    trainer = new_trainer(
+        root, tmp_path / "trained", hub_strategy="end", load_best_model_at_end=True, metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    best = trainer.state.best_global_step
+    trainer.push_to_hub()
+    text = hub.repositories["someone/trained"][-1]["README.md"].decode()
+    (logged,) = [log for log in trainer.state.log_history if log["step"] == best and "eval_mIoU" in log]
+    assert f"for {best} of 2 steps" in text and f"| {round(logged['eval_mIoU'], 2)} |" in text
+
+
+def test_trainer_that_would_push_its_state(root, tmp_path):
+    """Catches optimiser states on the Hub with paths of this machine."""
+    with pytest.raises(ValueError, match="hub_strategy is 'all_checkpoints'.*'every_save' or 'end'"):
+        new_trainer(root, tmp_path, hub_strategy="all_checkpoints")
+
+
 def test_results_on_data_of_the_hub():
     """Catches a folder's name that is taken for a data set on the Hub, and one on the Hub that gets no result file."""
-    from san_hf.cards import result_files
-    from san_hf.data import SegmentationDataset
-    from san_hf.training.run_card import measured
-
     metrics = {"mIoU": 41.237, "mIoU_over_present_or_predicted": 38.0, "fwIoU": 1.0, "mACC": float("nan"), "pACC": 3.0}
     section = ["model.checkpoint=picture-book", "output=x"]
-    from san_hf.training.config_file import load_config
-
     for source, found in (("me/streets", True), ("/data/streets", False), ("tests/hub", False), ("streets", False)):
         config = load_config(None, [*section, f"data.source={source}", "data.config_name=small"])
         data = SegmentationDataset([], ["a", "b"], 255, "streets", "validation")
@@ -104,8 +175,6 @@ def test_results_on_data_of_the_hub():
 
 def test_a_run_of_adapters_that_nobody_could_load(root, tmp_path):
     """Catches a training that finds out at its end that its side adapters can't be shared."""
-    from transformers import CLIPModel
-
     model, processor = from_pretrained(root / "model")
     CLIPModel(model.config.clip_config).save_pretrained(tmp_path / "clip")
     processor.tokenizer.save_pretrained(tmp_path / "clip")
