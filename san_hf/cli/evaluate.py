@@ -60,6 +60,7 @@ from san_hf.cli.vocabulary_options import colors_of_options, expansion_of_option
 from san_hf.data.benchmarks import BENCHMARKS
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.messages import join_some
+from san_hf.paths import expand_path
 from san_hf.vocabularies.files import is_vocabulary_file
 
 
@@ -156,13 +157,15 @@ def evaluate(
         model=model,
         compare_with=compare_with,
         accelerator=accelerator,
-        settings=settings | {"dtype": dtype.value, "label_shift": label_shift, "label_palette": label_palette},
+        settings=settings
+        | ({"vocabulary": Path(classes).name} if classes and is_vocabulary_file(classes) else {})
+        | {"dtype": dtype.value, "label_shift": label_shift, "label_palette": label_palette},
         options=settings
         | {"boundary": boundary, "skip_broken": skip_broken, "workers": workers}
         | {"save_every": save_every, "resume": resume, "seed": seed},
         pictures=pictures,
         predictions=predictions,
-        vocabulary=classes if is_vocabulary_file(classes) else None,
+        vocabulary=expand_path(classes) if classes and is_vocabulary_file(classes) else None,
         colors=colors_of_options(colors),
     )
     all_data = load_data(find_datasets(sources, data_root), split, reading_options)

@@ -153,7 +153,7 @@ def segment(
     jobs = [(Path(source), stem) for (source, _), stem in zip(sources, stems)][part[0] - 1 :: part[1]]
     if not jobs:
         fail(f"There are no images for --shard {shard}: there are {len(sources)} in all.")
-    options = {
+    options: dict[str, Any] = {
         "expand": expansion_of_option(expand),
         "templates": templates_of_options(templates),
         "threshold": threshold,
