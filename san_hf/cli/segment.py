@@ -28,6 +28,13 @@ from san_hf.cli.options import (
     ThresholdOption,
 )
 from san_hf.cli.segment_journal import Journal, model_facts, parse_shard
+from san_hf.cli.segment_options import (
+    ClassesFileOption,
+    ClassesOption,
+    OtherOption,
+    SaveVocabularyOption,
+    ShardOption,
+)
 from san_hf.cli.vocabulary_options import (
     class_facts,
     class_names_of_options,
@@ -61,35 +68,12 @@ def segment(
             metavar="IMAGE", show_default=False, help="Image files, folders (with all below them) or patterns."
         ),
     ],
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAMES",
-            help='What to look for, separated by commas: "cat, grass, sky". A name with a comma goes in double '
-            "quotes. Or a benchmark's name, such as voc, for its class names, or a file that --save-vocabulary wrote. "
-            "Every pixel gets one of these names, so name the background, too, or use --expand. "
-            "Not needed if the model carries names of its own.",
-        ),
-    ] = None,
-    classes_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What to look for, from a file: text with one name a line; JSON, a list or mapping; or "
-            "a vocabulary's, .safetensors.",
-        ),
-    ] = None,
+    classes: ClassesOption = None,
+    classes_file: ClassesFileOption = None,
     model: ModelOption = EMBEDDED_MODEL,
     expand: ExpandOption = None,
     threshold: ThresholdOption = None,
-    other: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            show_default=False,
-            help='What to call pixels that --expand or --threshold take from your classes, if not "other".',
-        ),
-    ] = None,
+    other: OtherOption = None,
     synonyms: SynonymsOption = False,
     average_synonyms: AverageSynonymsOption = False,
     colors: ColorsOption = None,
@@ -113,24 +97,9 @@ def segment(
             "have changed since.",
         ),
     ] = False,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            show_default=False,
-            help="Only the I-th of N parts of the images, for several machines with the same arguments: 1/4 to 4/4.",
-        ),
-    ] = None,
+    shard: ShardOption = None,
     templates: TemplatesOption = None,
-    save_vocabulary: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            show_default=False,
-            help="Keep the names with all that belongs to them (words, templates, colours, embeddings) in a file, "
-            ".safetensors, for --classes of later runs of this model.",
-        ),
-    ] = None,
+    save_vocabulary: SaveVocabularyOption = None,
     device: DeviceOption = "auto",
     dtype: PrecisionOption = Precision.float32,
 ) -> None:
