@@ -75,9 +75,15 @@ def expansion_of_option(value: str | None) -> str | list[str] | None:
     """An expansion's or benchmark's name, a file's path, or names that are separated by commas."""
     if value is None or value in EXPANSIONS:
         return value
-    names = read_class_names(value, skip_blank=True) if is_class_list(value) else split_names(value, "--expand")
+    if is_class_list(value):
+        return read_class_names(value, skip_blank=True)
+    # A single word is rather the name of an expansion that there isn't.
+    names = split_names(value, "--expand") if "," in value or '"' in value else []
     if not names:
-        fail(f"Got --expand {value!r:.80}, expected names, a file of them, or one of {', '.join(EXPANSIONS)}.")
+        fail(
+            f"Can't expand by {value!r:.80}: expected one of {', '.join(EXPANSIONS)}, a benchmark's name, a file, or "
+            'names with commas, also a single one: "wall,".'
+        )
     return names
 
 

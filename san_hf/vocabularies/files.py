@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from san_hf.colors import parse_color
 from san_hf.files import write_file
 from san_hf.messages import one_line
 
@@ -112,6 +111,7 @@ def _checked(facts: Any, rows: int) -> dict[str, Any]:
     Raises:
         KeyError, TypeError, ValueError: they are incomplete, or don't fit one another or the embeddings.
     """
+    from san_hf.colors import parse_color
     from san_hf.modeling.prompts_san import split_templates
     from san_hf.modeling.text_san import check_class_names
 
