@@ -229,6 +229,7 @@ def test_card_of_the_same_weights(garden, tmp_path):
     assert ModelCard.load(tmp_path / "half" / "README.md").data.eval_results is None
 
 
+@pytest.mark.slow
 def test_card_of_a_repository(hub, garden):
     """Catches a base on the Hub that isn't named, and a model that is pushed back and forgets its results."""
     push_folder(garden, "someone/gardens")
@@ -296,6 +297,7 @@ def test_adapter_on_a_folder(hub, adapter, clip, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_other_form(hub, adapter, clip, tmp_path):
     """Catches a whole model whose card says that CLIP isn't there, or names the folder its CLIP was in."""
     push_folder(adapter, "someone/whole", adapter_only=False)
@@ -311,6 +313,7 @@ def test_the_other_form(hub, adapter, clip, tmp_path):
     assert "without the CLIP under it" in text and "12.3" in text
 
 
+@pytest.mark.slow
 def test_lora_beside_an_adapter(hub, adapter, clip):
     """Catches LoRA weights that are left behind, or whose configuration has the folder they came from."""
     push_clip(hub, clip)

@@ -111,7 +111,7 @@ def new_trainer(root, output, **options):
     )
 
 
-@pytest.mark.parametrize("strategy", ["end", "every_save"])
+@pytest.mark.parametrize("strategy", [pytest.param("end", marks=pytest.mark.slow), "every_save"])
 def test_trainer_goes_to_the_hub(hub, root, tmp_path, strategy):
     """Catches a model of `Trainer` on the Hub without code, processor or results, or with paths of its arguments."""
     trainer = new_trainer(root, tmp_path / "trained", hub_strategy=strategy)
@@ -136,6 +136,7 @@ def test_trainer_goes_to_the_hub(hub, root, tmp_path, strategy):
     assert all(torch.equal(back[name], tensor) for name, tensor in trainer.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_trainer_that_loads_its_best(hub, root, tmp_path):
     """Catches the last step's results on a card of the best step's weights."""
     trainer = new_trainer(
