@@ -1,66 +1,13 @@
 """Configuration of SAN, the Side Adapter Network (Xu et al., CVPR 2023, arXiv 2302.12242)."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
-from transformers.activations import ACT2FN
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-
-RECOGNITION_TOKENS = ("class", "learned", "class+learned")
-BIAS_POOLINGS = ("max", "avg", "nearest", "bilinear", "bicubic")
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-# Smallest and largest value of each number; integers where the smallest is one. Upper bounds are beyond any published
-# model (ViT-22B is 6144 wide) and keep a mistyped value from asking for more memory than there is. Lower bounds above
-# zero are where float32 still divides: epsilons, scales of random numbers, and the weight of no object, which alone
-# weighs the classification of an image without annotations.
-WIDTH, DEPTH, MAX_GRID = (1, 8192), (1, 256), 1024
-RANGES: dict[str, tuple[float, float]] = {
-    "hidden_size": WIDTH,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": WIDTH,
-    "intermediate_size": (1, 32768),
-    "layer_norm_eps": (1e-12, 1.0),
-    "patch_size": (1, 1024),
-    "image_size": (1, 16384),
-    "num_channels": (1, 64),
-    "drop_path_rate": (0.0, 0.999),
-    "num_queries": (1, 10000),
-    "clip_image_scale": (1e-3, 4.0),
-    "mask_embed_dim": WIDTH,
-    "decoder_hidden_size": WIDTH,
-    "decoder_num_layers": DEPTH,
-    "train_num_points": (1, 1000000),
-    "oversample_ratio": (1.0, 100.0),
-    "importance_sample_ratio": (0.0, 1.0),
-    "no_object_weight": (1e-6, 1e6),
-    "class_weight": (0.0, 1e6),
-    "mask_weight": (0.0, 1e6),
-    "dice_weight": (0.0, 1e6),
-    "initializer_range": (1e-6, 1.0),
-    "semantic_loss_ignore_index": (-(2**31), 2**31 - 1),
-    "vocabulary_size": (0, 1000000),
-}
-CLIP_RANGES: dict[str, tuple[float, float]] = {"projection_dim": WIDTH, "logit_scale_init_value": (-10.0, 10.0)}
-CLIP_TOWER_RANGES: dict[str, tuple[float, float]] = {
-    "hidden_size": WIDTH,
-    "intermediate_size": (1, 32768),
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": WIDTH,
-    "layer_norm_eps": (1e-12, 1.0),
-    "attention_dropout": (0.0, 0.999),
-    "initializer_range": (1e-6, 1.0),
-    "initializer_factor": (1e-6, 100.0),
-}
-CLIP_VISION_RANGES = CLIP_TOWER_RANGES | {"num_channels": (1, 64), "image_size": (1, 16384), "patch_size": (1, 1024)}
-CLIP_TEXT_RANGES = CLIP_TOWER_RANGES | {
-    "vocab_size": (3, 10000000),
-    "max_position_embeddings": (3, 65536),
-    "eos_token_id": (0, 10000000),
-}
+from .configuration_checks_san import DTYPES, check_carried_names, find_problems, refuse
 
 
 @strict
@@ -146,6 +93,17 @@ class SANConfig(PreTrainedConfig):
             Whether `semantic_loss_ignore_index` is meant to be one of the classes, whose pixels then train nothing.
         vocabulary_size (`int`, *optional*, defaults to 0):
             Number of classes that the checkpoint carries embeddings for; set by `model.set_vocabulary`.
+        base_model_name_or_path (`str`, *optional*):
+            The CLIP that the side adapter was trained on, a folder or a repository; set by `from_clip` and where a
+            side adapter is saved without its CLIP.
+        base_model_revision (`str`, *optional*):
+            Its commit.
+        base_model_sha256 (`str`, *optional*):
+            SHA-256 of its tensors' values, without those that are trained with the adapter.
+        base_model_sha256_half (`dict`, *optional*):
+            The same of the values rounded to `"bfloat16"` and `"float16"`.
+        lora_folder (`str`, *optional*):
+            The folder beside `config.json` with LoRA weights of CLIP that belong to the side adapter.
 
     Raises:
         `huggingface_hub.errors.StrictDataclassError`: a value of the wrong type, or values that contradict each
@@ -206,6 +164,11 @@ class SANConfig(PreTrainedConfig):
     semantic_loss_ignore_index: int = 255
     ignore_index_is_class: bool = False
     vocabulary_size: int = 0
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    base_model_sha256: str | None = None
+    base_model_sha256_half: dict | None = None
+    lora_folder: str | None = None
 
     def __post_init__(self, **kwargs):
         # The parent takes these as they come.
@@ -231,7 +194,23 @@ class SANConfig(PreTrainedConfig):
         self.deep_supervision_layers = list(self.deep_supervision_layers)
         if self.vocabulary_size:
             check_carried_names(self.__dict__, {"num_labels": kwargs.get("num_labels")})
+        if self._is_installed():
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def _is_installed(cls) -> bool:
+        """
+        Whether this code is installed rather than a checkpoint's. Its pipelines are registered then; by their names in
+        `custom_pipelines`, which checkpoints need elsewhere, Transformers would ask for trust in remote code.
+        """
+        return not cls.__module__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+
+    def save_pretrained(self, *args, **kwargs):
+        """[`PreTrainedConfig.save_pretrained`]"""
+        super().save_pretrained(*args, **kwargs)
+        if self._is_installed():
+            self.__dict__.pop("custom_pipelines", None)
 
     def _build_clip_config(self, values: dict) -> CLIPConfig:
         values = {**values, "dtype": self.dtype, "id2label": None, "label2id": None}
@@ -306,142 +285,9 @@ class SANConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Called by `@strict`: refuses values that can't be built, run or trained, and those that contradict."""
-        vision, text = self.clip_vision_config, self.clip_text_config
-        problems = []
-        for prefix, part, ranges in (
-            ("", self, RANGES),
-            ("clip_config.", self.clip_config, CLIP_RANGES),
-            ("clip_config.vision_config.", vision, CLIP_VISION_RANGES),
-            ("clip_config.text_config.", text, CLIP_TEXT_RANGES),
-        ):
-            for name, (low, high) in ranges.items():
-                value = getattr(part, name)
-                is_number = isinstance(value, type(low) if isinstance(low, int) else (int, float))
-                if isinstance(value, bool) or not is_number or not low <= value <= high:
-                    kind = "an integer" if isinstance(low, int) else "a number"
-                    problems.append(f"{prefix}{name} must be {kind} in {low}..{high}, got {value!r:.80}")
-            activation = getattr(part, "hidden_act", None)
-            if hasattr(part, "hidden_act") and activation not in ACT2FN:
-                problems.append(f"{prefix}hidden_act must be one of {sorted(ACT2FN)}, got {activation!r:.80}")
-        # What follows computes with these values.
-        if not problems:
-            problems = [*self._contradictions(vision, text), *self._layer_contradictions(vision)]
+        problems = find_problems(self)
         if problems:
             raise ValueError("This SANConfig can't be built: " + "; ".join(problems) + ".")
-
-    def _contradictions(self, vision: CLIPVisionConfig, text: CLIPTextConfig) -> Iterator[str]:
-        """Problems of values that are possible each by itself."""
-        for prefix, part in (("", self), ("clip_config.vision_config.", vision), ("clip_config.text_config.", text)):
-            if part.hidden_size % part.num_attention_heads:
-                yield (
-                    f"{prefix}hidden_size ({part.hidden_size}) must be a multiple of {prefix}num_attention_heads "
-                    f"({part.num_attention_heads})"
-                )
-        if vision.num_channels != self.num_channels:
-            yield (
-                f"num_channels ({self.num_channels}) must be CLIP's, clip_config.vision_config.num_channels "
-                f"({vision.num_channels}): both see the same image"
-            )
-        # The ranges have only whole numbers here, though the stock configurations' types allow more.
-        clip_patch_size = cast(int, vision.patch_size)
-        for prefix, image_size, patch_size in (
-            ("", self.image_size, self.patch_size),
-            ("clip_config.vision_config.", cast(int, vision.image_size), clip_patch_size),
-        ):
-            if not 1 <= image_size // patch_size <= MAX_GRID:
-                yield (
-                    f"{prefix}image_size ({image_size}) must hold 1..{MAX_GRID} patches of {prefix}patch_size "
-                    f"({patch_size})"
-                )
-        if int(self.image_size * self.clip_image_scale) < clip_patch_size:
-            yield (
-                f"clip_image_scale ({self.clip_image_scale}) must leave at least one of CLIP's patches "
-                f"({vision.patch_size} pixels) of image_size ({self.image_size})"
-            )
-        if not cast(int, text.eos_token_id) < text.vocab_size:
-            yield (
-                f"clip_config.text_config.eos_token_id ({text.eos_token_id}) must be lower than vocab_size "
-                f"({text.vocab_size})"
-            )
-        if self.recognition_token not in RECOGNITION_TOKENS:
-            yield f"recognition_token must be one of {RECOGNITION_TOKENS}, got {self.recognition_token!r:.80}"
-        if self.bias_pooling not in BIAS_POOLINGS:
-            yield f"bias_pooling must be one of {BIAS_POOLINGS}, got {self.bias_pooling!r:.80}"
-        if self.vocabulary_size and sorted(self.id2label or {}) != list(range(self.vocabulary_size)):
-            yield (
-                f"vocabulary_size ({self.vocabulary_size}) must be the number of names in id2label "
-                f"({len(self.id2label or {})}): model.set_vocabulary sets both"
-            )
-
-    def _layer_contradictions(self, vision: CLIPVisionConfig) -> Iterator[str]:
-        """Problems of layers that don't exist, and of biases for other layers or heads than CLIP's."""
-        if not 0 <= self.recognition_layer < vision.num_hidden_layers:
-            yield (
-                f"recognition_layer ({self.recognition_layer}) must leave at least one of CLIP's "
-                f"{vision.num_hidden_layers} vision layers (num_hidden_layers) for recognition: 0 <= "
-                f"recognition_layer < {vision.num_hidden_layers}"
-            )
-        for pair in self.fusion_layers:
-            if not isinstance(pair, list) or len(pair) != 2 or not all(type(layer) is int for layer in pair):
-                yield f"fusion_layers must hold pairs [CLIP layer, side adapter layer], got {pair!r:.80}"
-            elif not (0 <= pair[0] <= self.recognition_layer and 0 <= pair[1] <= self.num_hidden_layers):
-                yield (
-                    f"fusion_layers has {pair}, outside CLIP layers 0..{self.recognition_layer} (recognition_layer) "
-                    f"or side adapter layers 0..{self.num_hidden_layers} (num_hidden_layers)"
-                )
-        targets = [pair[-1] for pair in self.fusion_layers if isinstance(pair, list) and pair]
-        if any(targets.count(target) > 1 for target in targets):
-            yield f"fusion_layers names a side adapter layer twice: {self.fusion_layers!r:.80}"
-        supervised = self.deep_supervision_layers
-        if not supervised or sorted(set(supervised)) != supervised:
-            yield f"deep_supervision_layers must be ascending and not empty, got {supervised!r:.80}"
-        elif not (1 <= supervised[0] and supervised[-1] <= self.num_hidden_layers):
-            yield f"deep_supervision_layers {supervised} must lie in 1..{self.num_hidden_layers} (num_hidden_layers)"
-        if self.num_bias_heads not in (None, 1, vision.num_attention_heads):
-            yield (
-                f"num_bias_heads must be None, 1 or CLIP's {vision.num_attention_heads} heads, got "
-                f"{self.num_bias_heads}"
-            )
-        if self.num_bias_layers not in (0, 1, self.num_deep_layers):
-            yield (
-                f"num_bias_layers must be 0, 1 or the number of deep CLIP layers ({self.num_deep_layers}), got "
-                f"{self.num_bias_layers}"
-            )
-
-
-def refuse(field: str, expected: str, value: Any) -> NoReturn:
-    """Raises the error that a field of another type gets."""
-    raise StrictDataclassFieldValidationError(field, ValueError(f"{field}: {expected}, got {value!r:.80}"))
-
-
-def check_carried_names(carried: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """
-    Refuses other names for classes whose embeddings are carried: the model would find the old ones and call them new.
-
-    Args:
-        carried: fields of the configuration of a model that carries a vocabulary.
-        asked: what is to replace some of `id2label`, `label2id`, `num_labels` and `vocabulary_size`; `None` for what
-            is not.
-
-    Raises:
-        ValueError: they contradict each other.
-    """
-    # Keys are strings in JSON.
-    names = {int(label): name for label, name in (carried.get("id2label") or {}).items()}
-    same = {
-        "id2label": lambda value: {int(label): name for label, name in value.items()} == names,
-        "label2id": lambda value: {int(label): name for name, label in value.items()} == names,
-        "num_labels": lambda value: value == len(names),
-        "vocabulary_size": lambda value: value == carried.get("vocabulary_size"),
-    }
-    for field, is_same in same.items():
-        if asked.get(field) is not None and not is_same(asked[field]):
-            raise ValueError(
-                f"{field}={asked[field]!r:.80} contradicts the {len(names)} class names that this model carries with "
-                "their embeddings: the classes that it finds would get other names. Load it as it is, or with "
-                "vocabulary_size=0 to leave its vocabulary out; then model.set_vocabulary(names, ...) gives it another "
-                "one, or, with class_embeds=model.class_embeds, other names for the same classes."
-            )
 
 
 SANConfig.register_for_auto_class()

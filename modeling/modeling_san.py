@@ -9,24 +9,34 @@ vision heads; Ca the side adapter's width, Hs x Ws its grid; n bias layers.
 
 import math
 import os
-from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES,
     MODEL_MAPPING_NAMES,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from .adapter_folder_san import HUB_ARGUMENTS, complete_with_base, find_lora, find_side_adapter
+from .adapters_san import SideAdapterMixin
+from .base_clip_san import CLIP_PARTS, clip_name, find_commit
 from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
-from .configuration_san import SANConfig, check_carried_names
+from .configuration_checks_san import check_carried_names
+from .configuration_san import SANConfig
 from .loss_san import (
     check_whole_step,
     classes_of_maps,
@@ -34,153 +44,20 @@ from .loss_san import (
     mask_classification_loss,
     split_semantic_map,
 )
+from .outputs_san import (
+    SANForSemanticSegmentationOutput,
+    SANModelOutput,
+    SANTargets,
+    select_hidden_states,
+    sizes_of_batch,
+)
+from .pipeline_san import custom_pipelines
+from .push_san import CompletePushMixin
 from .side_adapter_san import AttentionBiasScaling, MaskDecoder, SideAdapter
 
 
 # Prompts that go through the text tower at once: bounds memory for large vocabularies.
 TEXT_BATCH_SIZE = 1024
-# What says where a file of a checkpoint is, among the arguments of `from_pretrained`.
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-@dataclass
-class SANModelOutput(ModelOutput):
-    """
-    Output of [`SANModel`].
-
-    Args:
-        masks_queries_logits (`torch.Tensor` of shape (B, Q, Hs, Ws)):
-            Logits of the mask proposals at the side adapter's resolution, over the whole padded image.
-        mask_embeds (`torch.Tensor` of shape (B, Q, D)):
-            What CLIP recognises in each mask: L2-normalised, in CLIP's joint embedding space.
-        attention_bias (`torch.Tensor` of shape (B, n, h or 1, Q, Hs, Ws)):
-            Attention bias of each query before it is pooled to CLIP's grid.
-        image_sizes (`torch.Tensor` of shape (B, 2), *optional*):
-            The (height, width) before padding that came in, for post-processing.
-        padded_sizes (`torch.Tensor` of shape (B, 2)):
-            The (height, width) of the padded input, for post-processing.
-        patch_sizes (`torch.Tensor` of shape (B, 2)):
-            The (height, width) in pixels of the padded input that one pixel of the mask logits stands for.
-        auxiliary_masks_queries_logits (`tuple` of `torch.Tensor`, *optional*, with `output_auxiliary_logits`):
-            Mask logits of the earlier supervised layers, earliest first.
-        auxiliary_mask_embeds (`tuple` of `torch.Tensor`, *optional*, with `output_auxiliary_logits`):
-            Mask embeddings of the earlier supervised layers, earliest first.
-        hidden_states (`tuple` of `torch.Tensor`, *optional*, with `output_hidden_states`):
-            The side adapter's tokens before the first and after each block, (B, Q + Hs * Ws, Ca), queries first; None
-            for those that weren't asked for.
-        clip_feature_maps (`tuple` of `torch.Tensor`, *optional*, with `output_clip_feature_maps`):
-            CLIP's maps after layers 0 to `recognition_layer`, (B, W, Hc, Wc).
-        attentions (`tuple` of `torch.Tensor`, *optional*, with `output_attentions`):
-            The side adapter's attention weights, (B, heads, Q + Hs * Ws, Q + Hs * Ws).
-        recognition_attentions (`tuple` of `torch.Tensor`, *optional*, with `output_attentions`):
-            For each deep CLIP layer the attention weights of the recognition tokens over CLIP's patches and the
-            recognition tokens, (B, h, R, Hc * Wc + R); R is Q times the number of supervised layers that were run.
-    """
-
-    masks_queries_logits: torch.Tensor | None = None
-    mask_embeds: torch.Tensor | None = None
-    attention_bias: torch.Tensor | None = None
-    image_sizes: torch.Tensor | None = None
-    padded_sizes: torch.Tensor | None = None
-    patch_sizes: torch.Tensor | None = None
-    auxiliary_masks_queries_logits: tuple[torch.Tensor, ...] | None = None
-    auxiliary_mask_embeds: tuple[torch.Tensor, ...] | None = None
-    hidden_states: tuple[torch.Tensor | None, ...] | None = None
-    clip_feature_maps: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    recognition_attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class SANForSemanticSegmentationOutput(ModelOutput):
-    """
-    Output of [`SANForSemanticSegmentation`]. `post_process_semantic_segmentation` of [`SANImageProcessor`] or
-    [`SANProcessor`] makes label maps of it.
-
-    Args:
-        loss (`torch.Tensor` of shape (), *optional*, with labels):
-            The training loss: the sum of `loss_dict`.
-        loss_dict (`dict[str, torch.Tensor]`, *optional*, with labels):
-            Its weighted parts `loss_cross_entropy`, `loss_mask`, `loss_dice` of the last supervised layer, and with
-            the suffix `_0`, `_1`, ... of the earlier ones.
-        class_queries_logits (`torch.Tensor` of shape (B, Q, C + 1)):
-            Class logits of each mask, no-object last.
-        masks_queries_logits (`torch.Tensor` of shape (B, Q, Hs, Ws)):
-            See [`SANModelOutput`], also for what is not listed here.
-        mask_embeds (`torch.Tensor` of shape (B, Q, D)):
-            L2-normalised mask embeddings.
-        class_embeds (`torch.Tensor` of shape (C + 1, D)):
-            The classifier: L2-normalised, the no-object row last.
-        auxiliary_logits (`list[dict[str, torch.Tensor]]`, *optional*, with `output_auxiliary_logits`):
-            `masks_queries_logits` and `class_queries_logits` of the earlier supervised layers, earliest first.
-    """
-
-    loss: torch.Tensor | None = None
-    loss_dict: dict[str, torch.Tensor] | None = None
-    class_queries_logits: torch.Tensor | None = None
-    masks_queries_logits: torch.Tensor | None = None
-    mask_embeds: torch.Tensor | None = None
-    class_embeds: torch.Tensor | None = None
-    attention_bias: torch.Tensor | None = None
-    image_sizes: torch.Tensor | None = None
-    padded_sizes: torch.Tensor | None = None
-    patch_sizes: torch.Tensor | None = None
-    auxiliary_logits: list[dict[str, torch.Tensor]] | None = None
-    hidden_states: tuple[torch.Tensor | None, ...] | None = None
-    clip_feature_maps: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-    recognition_attentions: tuple[torch.Tensor, ...] | None = None
-
-    def __getitem__(self, key):
-        if key == "logits":  # what `Trainer`'s label smoothing asks every model for
-            raise ValueError(
-                "SAN has no logits of classes for each pixel, which label smoothing needs: leave "
-                "label_smoothing_factor at 0 in TrainingArguments. Its logits are class_queries_logits and "
-                "masks_queries_logits."
-            )
-        return super().__getitem__(key)
-
-
-class SANTargets(TypedDict, total=False):
-    """
-    Targets of the training loss beside `labels`.
-
-    Not in `forward`'s own list of arguments: `Trainer` takes every argument with "label" in its name for one that each
-    batch has, and would leave out loss and metrics without a word.
-
-    Args:
-        mask_labels (`list` of B `torch.Tensor` of shape (M_i, H, W), *optional*):
-            Instead of `labels`, binary masks of each image, of any size, over the whole padded image.
-        class_labels (`list` of B `torch.Tensor` of shape (M_i,), *optional*):
-            Their classes in 0..C - 1.
-        target_counts (`torch.Tensor` of shape (4,), *optional*):
-            Where gradients are accumulated, the sum of [`~SANForSemanticSegmentation.count_targets`] over all batches
-            of the step, of all processes. The mean of the batches' losses is then that of one large batch.
-    """
-
-    mask_labels: list[torch.Tensor] | None
-    class_labels: list[torch.Tensor] | None
-    target_counts: torch.Tensor | None
-
-
-def select_hidden_states(
-    hidden_states: list[torch.Tensor], selection: bool | int | list[int] | None
-) -> tuple[torch.Tensor | None, ...] | None:
-    """Hidden states selected by `output_hidden_states`: all, or some by index, the others being None."""
-    if selection is None or selection is False:
-        return None
-    if selection is True:
-        return tuple(hidden_states)
-    chosen = [selection] if isinstance(selection, int) else selection
-    indices = range(len(hidden_states))
-    kept = {indices[i] for i in chosen}
-    return tuple(state if i in kept else None for i, state in enumerate(hidden_states))
-
-
-def sizes_of_batch(pixel_values: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, 2) int64: a (height, width) that all images of the batch share."""
-    sides = [torch.full((pixel_values.shape[0], 1), side, device=pixel_values.device) for side in size]
-    return torch.cat(sides, dim=1)
 
 
 class SANPreTrainedModel(PreTrainedModel):
@@ -228,25 +105,57 @@ class SANPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, config=None, output_loading_info: bool = False, **kwargs
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        config=None,
+        output_loading_info: bool = False,
+        base_model: str | None = None,
+        **kwargs,
     ):
         """
         [`PreTrainedModel.from_pretrained`], and CLIP frozen as `config.freeze_clip` says.
 
+        A folder or repository may also hold a side adapter alone; the CLIP that it was trained on is then loaded from
+        where its configuration says, or from `base_model`, and compared with the digest there.
+
         Raises:
+            OSError: there is no such checkpoint, or the base of a side adapter isn't there.
             ValueError: `config` or the other arguments name other classes than those that the checkpoint carries
-                embeddings for, or it lacks these embeddings.
+                embeddings for, or it lacks these embeddings; or the base of a side adapter is another CLIP.
         """
-        if getattr(config, "vocabulary_size", 0) and pretrained_model_name_or_path is not None:
-            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-            saved = SANConfig.get_config_dict(pretrained_model_name_or_path, **where)[0]
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        name, adapter_file = pretrained_model_name_or_path, None
+        is_given = isinstance(config, PreTrainedConfig)
+        if is_given and name is not None and config.vocabulary_size:
+            saved = SANConfig.get_config_dict(name, **where)[0]
             if saved.get("vocabulary_size"):
-                names = ("id2label", "num_labels", "vocabulary_size")
-                check_carried_names(saved, {name: getattr(config, name) for name in names})
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
-        )
-        model, info = loaded
+                carried = ("id2label", "num_labels", "vocabulary_size")
+                check_carried_names(saved, {field: getattr(config, field) for field in carried})
+        if name is not None:
+            known = config.to_dict() if is_given else SANConfig.get_config_dict(config or name, **where)[0]
+            adapter_file = find_side_adapter(name, known, **where)
+        load: Any = super().from_pretrained
+        if adapter_file is None:
+            model, info = load(name, *args, config=config, output_loading_info=True, **kwargs)
+        else:
+            if not is_given:
+                fields = {field: kwargs.pop(field) for field in list(kwargs) if field in SANConfig.__dataclass_fields__}
+                kwargs |= {field: fields.pop(field) for field in ("dtype",) if field in fields}
+                config = SANConfig.from_pretrained(config or name, **where, **fields)
+            hub_options = {option: value for option, value in where.items() if option not in ("revision", "subfolder")}
+            state_dict = complete_with_base(config, adapter_file, base_model, **hub_options)
+            kwargs = {option: value for option, value in kwargs.items() if option not in where}
+            model, info = load(None, config=config, state_dict=state_dict, output_loading_info=True, **kwargs)
+            model.config.name_or_path = model.name_or_path = os.fspath(name)
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(
+                    f"'{adapter_file}' is incomplete: {len(missing)} tensors are missing ({', '.join(missing[:3])}). "
+                    "Get the folder again."
+                )
+        if name is not None and (lora := find_lora(name, model.config, **where)) is not None:
+            model.load_adapter(lora, is_trainable=True)
+            model.eval()
         lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         if "class_embeds" in lacking:
             raise ValueError(
@@ -258,14 +167,19 @@ class SANPreTrainedModel(PreTrainedModel):
         model.freeze_clip()
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args, **kwargs):
-        """[`PreTrainedModel.save_pretrained`]; [`AutoModel`] finds [`SANModel`] in the folder, whatever was saved."""
+    def complete_config(self) -> None:
+        """Puts into the configuration what has to be saved of this model beside its weights."""
         # Transformers adds the auto class of this very model, of which there can be one only.
         auto_map = getattr(self.config, "auto_map", None) or {}
         self.config.auto_map = {**auto_map, "AutoModel": "modeling_san.SANModel"}
+        self.config.custom_pipelines = custom_pipelines()
         # It writes this model's dtype into the configuration, and not into CLIP's.
         for part in (self.config.clip_config, self.config.clip_vision_config, self.config.clip_text_config):
             cast(CLIPConfig, part).dtype = self.dtype
+
+    def save_pretrained(self, *args, **kwargs):
+        """[`PreTrainedModel.save_pretrained`]; [`AutoModel`] finds [`SANModel`] in the folder, whatever was saved."""
+        self.complete_config()
         # Engines that spread a model over processes can't spread a tensor without dimensions: it has one meanwhile.
         logit_scale = cast(torch.Tensor | None, getattr(self, "logit_scale", None))
         if logit_scale is not None and logit_scale.dim():
@@ -280,7 +194,7 @@ class SANPreTrainedModel(PreTrainedModel):
         if not self.config.freeze_clip:
             return
         for name, parameter in self.named_parameters():
-            if self.is_clip_parameter(name) and not name.endswith("vision_model.embeddings.position_embedding.weight"):
+            if clip_name(name) is not None:
                 parameter.requires_grad_(False)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):
@@ -297,14 +211,7 @@ class SANPreTrainedModel(PreTrainedModel):
     @staticmethod
     def is_clip_parameter(name: str) -> bool:
         """Whether the parameter `name` of a SAN model is one of CLIP's."""
-        name = name.removeprefix("model.")
-        return name.split(".")[0] in (
-            "vision_model",
-            "visual_projection",
-            "text_model",
-            "text_projection",
-            "logit_scale",
-        )
+        return name.removeprefix("model.").split(".")[0] in CLIP_PARTS
 
     def get_input_embeddings(self) -> nn.Module:
         """CLIP's embedding of patches and positions, as one: FSDP gives it a unit, which can't be within another's."""
@@ -470,7 +377,7 @@ class SANModel(SANPreTrainedModel):
         )
 
 
-class SANForSemanticSegmentation(SANPreTrainedModel):
+class SANForSemanticSegmentation(CompletePushMixin, SideAdapterMixin, SANPreTrainedModel):
     """
     SAN with CLIP's text tower as the classifier, and the training loss: an image and class names in, masks with their
     classes out.
@@ -520,8 +427,12 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         clip_config = clip.config.to_dict()
         if os.path.isdir(pretrained_model_name_or_path):
             clip_config.pop("_name_or_path", None)  # it would be saved, and means nothing on another machine
+        hub_options = {name: overrides[name] for name in HUB_ARGUMENTS if name in overrides}
+        is_folder = os.path.isdir(pretrained_model_name_or_path)
+        base = os.path.abspath(pretrained_model_name_or_path) if is_folder else pretrained_model_name_or_path
+        commit = find_commit(pretrained_model_name_or_path, **hub_options)
         model = cls._from_config(
-            SANConfig(clip_config=clip_config, **adapter),
+            SANConfig(clip_config=clip_config, base_model_name_or_path=base, base_model_revision=commit, **adapter),
             dtype=clip.dtype,
             attn_implementation=clip.config._attn_implementation,
         )
@@ -721,6 +632,7 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         output_clip_feature_maps: bool | None = None,
+        side_adapter: str | None = None,
         **targets: Unpack[SANTargets],
     ) -> SANForSemanticSegmentationOutput:
         """
@@ -748,6 +660,8 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
                 Whether to return attention weights (computed by the eager implementation).
             output_clip_feature_maps (`bool`, *optional*):
                 Whether to return CLIP's feature maps.
+            side_adapter (`str`, *optional*):
+                Name of the side adapter to use for this call, if not `active_side_adapter`.
             **targets ([`SANTargets`]):
                 `mask_labels` and `class_labels` instead of `labels`; `target_counts` where gradients are accumulated.
 
@@ -755,6 +669,20 @@ class SANForSemanticSegmentation(SANPreTrainedModel):
             ValueError: no classes, or a shape or label that doesn't fit; or gradients that are accumulated without
                 `target_counts`.
         """
+        if side_adapter is not None and side_adapter != self.active_side_adapter:
+            return self.get_side_adapter(side_adapter)(
+                pixel_values,
+                input_ids,
+                attention_mask,
+                class_embeds,
+                labels,
+                image_sizes,
+                output_auxiliary_logits,
+                output_hidden_states,
+                output_attentions,
+                output_clip_feature_maps,
+                **targets,
+            )
         mask_labels, class_labels, target_counts = self._check_targets(labels, targets)
 
         # Masks (B, Q, Hs, Ws) and what CLIP recognises in them (B, Q, D).

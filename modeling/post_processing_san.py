@@ -7,7 +7,7 @@ Shapes: Q queries, C classes, h x w the masks' grid, H x W the label map. Sizes 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,12 +93,31 @@ def interpolation_weights(cells: int, patch: int, cropped: int, target: int, dev
     return F.interpolate(unit, size=target, mode="linear", align_corners=False)[0].T
 
 
-def label_map_and_scores(
+class LabelledPixels(NamedTuple):
+    """
+    What an image's pixels are.
+
+    Attributes:
+        labels: (H, W) int64.
+        confidence: (H, W) float32, 0..1, of the class with the highest score: that score, divided by the sum of the
+            scores of all classes where this is more than 1. A score itself is a sum over queries and has no upper
+            bound. The confidences of a pixel's classes thus add up to 1 where the queries cover it fully, and to
+            less where they don't or hold it for no object.
+        scores: (C, H, W) float32, at least 0, if they were asked for: (`num_labels` + 1, H, W) where classes are
+            summed up as "other", whose score is that of the best of them.
+    """
+
+    labels: torch.Tensor
+    confidence: torch.Tensor
+    scores: torch.Tensor | None = None
+
+
+def label_pixels(
     views: Sequence[MaskPrediction],
     num_labels: int | None = None,
     threshold: float | None = None,
     return_scores: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> LabelledPixels:
     """
     The label map of one image from the predictions of one view of it or more.
 
@@ -108,18 +127,16 @@ def label_map_and_scores(
     Args:
         views: of the same image; for the same classes and label map.
         num_labels: later classes are one "other" label with this number.
-        threshold: pixels whose highest score is lower get the "other" label, `num_labels` or else C.
+        threshold: pixels whose confidence is lower get the "other" label, `num_labels` or else C.
         return_scores: whether to return the scores as well.
-
-    Returns:
-        Labels (H, W) int64, and scores (C, H, W) float32 if asked for: (`num_labels` + 1, H, W) where classes are
-        summed up as "other", whose score is that of the best of them.
     """
     height, width = len(views[0].height_weights), len(views[0].width_weights)
     probabilities = torch.cat([view.probabilities for view in views], dim=1)  # (C, views * Q)
     num_classes = len(probabilities)
     other = num_labels if num_labels is not None and num_labels < num_classes else None
+    objects = probabilities.sum(0)  # (views * Q,), of each query being an object at all
     labels = torch.empty(height, width, dtype=torch.int64, device=probabilities.device)
+    confidence = probabilities.new_empty(height, width)
     scores = None
     if return_scores:
         scores = probabilities.new_empty(num_classes if other is None else other + 1, height, width)
@@ -143,12 +160,15 @@ def label_map_and_scores(
             else:
                 best, best_scores = (part.view(masks.shape[1:]) for part in best_class(masks.flatten(1), probabilities))
                 best_scores = best_scores / len(views)
+            all_scores = torch.tensordot(objects, masks, 1) / len(views)
+            tile_confidence = (best_scores / all_scores.clamp(min=1)).clamp(max=1)  # beyond 1 by rounding only
+            confidence[rows, columns] = tile_confidence
             if threshold is not None:
-                best = best.masked_fill(best_scores < threshold, num_classes)
+                best = best.masked_fill(tile_confidence < threshold, num_classes)
             labels[rows, columns] = best
     if num_labels is not None:
         labels.clamp_(max=num_labels)
-    return labels, scores
+    return LabelledPixels(labels, confidence, scores)
 
 
 def best_class(masks: torch.Tensor, probabilities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,6 +229,7 @@ class SemanticSegmentationPostProcessing:
         return_segmentation_scores: bool = False,
         num_labels: int | None = None,
         threshold: float | None = None,
+        return_confidence: bool = False,
     ) -> "list[torch.Tensor] | list[SemanticSegmentationPostProcessorOutput]":
         r"""
         Label maps from the model's outputs: mask logits are resized bilinearly to the padded input, cropped to the
@@ -234,13 +255,17 @@ class SemanticSegmentationPostProcessing:
                 The number of classes the caller asked for, if the vocabulary was expanded beyond them: every later
                 class counts as one "other" with the label `num_labels`.
             threshold (`float`, *optional*):
-                Pixels whose highest score is lower get the label of "other", too: `num_labels`, or C without it.
+                Pixels whose confidence, 0..1, is lower get the label of "other", too: `num_labels`, or C without it.
+            return_confidence (`bool`, *optional*, defaults to `False`):
+                Whether to return each pixel's confidence as well: the highest score, divided by the sum of the scores
+                of all classes where this is more than 1.
 
         Returns:
             A list of B label maps, (H, W) int64 with values 0..C - 1 (0..`num_labels` if that is given, 0..C with a
-            `threshold`), on the outputs' device. With `return_segmentation_scores`, a list of objects with
-            `segmentation`, the label map, and `segmentation_scores`, (C, H, W) float32, from 0 to, in practice, about
-            1; with `num_labels`, (`num_labels` + 1, H, W), the last being the best of the others.
+            `threshold`), on the outputs' device. With `return_segmentation_scores` or `return_confidence`, a list of
+            objects with `segmentation`, the label map; `segmentation_scores`, (C, H, W) float32, sums over queries,
+            at least 0 and without an upper bound; with `num_labels`, (`num_labels` + 1, H, W), the last being the best
+            of the others; and `confidence`, (H, W) float32, 0..1.
 
         Raises:
             ValueError: for outputs without sizes, sizes that do not fit them, and logits that are not finite.
@@ -269,12 +294,14 @@ class SemanticSegmentationPostProcessing:
                 )
             except ValueError as error:
                 raise ValueError(f"Image {index}: {error}") from error
-            labels, scores = label_map_and_scores([prediction], num_labels, threshold, return_segmentation_scores)
-            results.append(
-                SemanticSegmentationPostProcessorOutput({"segmentation": labels, "segmentation_scores": scores})
-                if return_segmentation_scores
-                else labels
-            )
+            pixels = label_pixels([prediction], num_labels, threshold, return_segmentation_scores)
+            if not (return_segmentation_scores or return_confidence):
+                results.append(pixels.labels)
+                continue
+            parts = {"segmentation": pixels.labels, "segmentation_scores": pixels.scores}
+            if return_confidence:
+                parts["confidence"] = pixels.confidence
+            results.append(SemanticSegmentationPostProcessorOutput(parts))
         return results
 
     def _sizes_in_model(

@@ -7,7 +7,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 from san_hf.messages import escape_markdown
 
@@ -36,7 +36,14 @@ DEFAULTS = {
     },
 }
 # Facts a template may do without.
-OPTIONAL = ("license", "notice", "training", "limits", "base_model", "results_note")
+OPTIONAL = (
+    *("license", "notice", "training", "data", "contents", "limits"),
+    *("base_model", "base_model_relation", "results_note"),
+)
+# What a row of results says of its data set beside its name: for the Hub, not for the table.
+SOURCE_KEYS = ("dataset_id", "config", "revision", "date")
+# Results that the Hub takes, each as a file of its own: by metric, what is added to the file's name, and what to note.
+HUB_METRICS = {"mIoU": ("", None), "mIoU (paper)": ("_paper", True)}
 
 
 def load_facts(name: str) -> dict[str, Any]:
@@ -63,11 +70,13 @@ def render_card(
 
     Args:
         facts: `title`, and optionally `license` (as the Hub names it, "cc-by-4.0"; without it the card says that none
-            was named), `summary`, `notice` (a plain statement set off at the top), `base_model`,
-            `datasets`, `tags`, `training`, `limits` (Markdown), `results` (rows: `dataset` and values by metric, in
-            percent), `results_note` (what they are), `definitions` (meaning of each metric), `sample_image`,
-            `sample_classes` (for the example), `has_code` (whether the model's code is saved beside the weights; if
-            not, the example loads them with this package).
+            was named), `summary`, `notice` (a plain statement set off at the top), `base_model` and
+            `base_model_relation` ("adapter" or "finetune"), `datasets` (both as the Hub names them), `tags`,
+            `training`, `data`, `contents` (what is in the folder), `limits` (Markdown), `results` (rows: `dataset`,
+            `images` and values by metric, in percent; and of data sets on the Hub `dataset_id`, `config`, `revision`,
+            `date`, see [`result_files`]), `results_note` (what they are), `definitions` (meaning of each metric),
+            `sample_image`, `sample_classes` (for the example), `has_code` (whether the model's code is saved beside
+            the weights; if not, the example loads them with this package).
         model_id: what `from_pretrained` takes: the repository's name on the Hub, or a folder.
         provenance: Markdown, where the weights come from.
         facts_are_of_these_weights: whether training and results are of these very weights. If not, the card says so
@@ -81,7 +90,9 @@ def render_card(
         known = ", ".join(sorted(accepted))
         raise ValueError(f"Unknown facts for a model card: {', '.join(unknown)}; known are {known}.")
     facts = dict.fromkeys(OPTIONAL) | DEFAULTS | facts
-    results = facts["results"]
+    results = facts["results"] = [
+        {key: value for key, value in row.items() if key not in SOURCE_KEYS} for row in facts["results"]
+    ]
     facts["results_columns"] = list(dict.fromkeys(column for row in results for column in row))
     if not facts["results_note"]:
         facts["results_note"] = "As published by the authors, in percent; single scale, shortest edge 640 pixels."
@@ -98,6 +109,7 @@ def render_card(
         library_name="transformers",
         pipeline_tag="image-segmentation",
         base_model=facts["base_model"],
+        base_model_relation=facts["base_model_relation"],
         datasets=facts.get("datasets"),
         tags=["san", "clip", "semantic-segmentation", "open-vocabulary", *facts.get("tags", [])],
         model_name=facts["title"] if indexed else None,
@@ -122,6 +134,39 @@ def render_card(
     template = environment.from_string((CARDS / "template.md").read_text(encoding="utf-8"))
     body = template.render(**facts, model_id=model_id, provenance=provenance)
     return ModelCard(f"---\n{data}\n---\n\n{body}")
+
+
+def result_files(facts: dict[str, Any]) -> dict[str, str]:
+    """
+    Results as files for the Hub (`.eval_results/*.yaml`), which shows them on the model's page and the data set's.
+    Each names a data set on the Hub, so that there is none for the results on any other. Of several results on one data
+    set each has a file of its own, all but the first with a note that says what it is
+    (https://huggingface.co/docs/hub/eval-results).
+
+    Args:
+        facts: as [`render_card`] takes them.
+
+    Returns:
+        Text by the file's name.
+    """
+    definitions = DEFAULTS["definitions"] | facts.get("definitions", {})
+    rows = [row for row in facts.get("results", []) if row.get("dataset_id")]
+    found = {}
+    for slug, row in zip(_slugs([row["dataset"] for row in rows]), rows):
+        for metric, (ending, noted) in HUB_METRICS.items():
+            if row.get(metric) is None:
+                continue
+            entry = EvalResultEntry(
+                dataset_id=row["dataset_id"],
+                task_id=row.get("config") or "default",
+                value=row[metric],
+                dataset_revision=row.get("revision"),
+                date=row.get("date"),
+                notes=f"{metric}: {definitions[metric]}" if noted else None,
+            )
+            text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, allow_unicode=True)
+            found[f"{slug}{ending}.yaml"] = text
+    return found
 
 
 def _slugs(names: list[str]) -> list[str]:

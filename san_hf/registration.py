@@ -11,10 +11,15 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
+
+from san_hf.hub.names import EMBEDDED_MODEL
 
 
 MODELS = "san_hf.modeling"
+# What a pipeline is without a model, as the rest of the package has it.
+EMBEDDED_FOLDER = Path(__file__).with_name("checkpoints") / EMBEDDED_MODEL
 
 
 def register_auto_classes() -> None:
@@ -23,6 +28,7 @@ def register_auto_classes() -> None:
 
     # Transformers up to 5.17 offers it at the top level only where torchvision imports
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    from transformers.pipelines import PIPELINE_REGISTRY
 
     from san_hf.modeling import (
         SANConfig,
@@ -32,6 +38,7 @@ def register_auto_classes() -> None:
         SANModel,
         SANProcessor,
     )
+    from san_hf.modeling.pipeline_san import TASK, OpenVocabularySegmentationPipeline, SANImageSegmentationPipeline
 
     AutoConfig.register(SANConfig.model_type, SANConfig)
     AutoModel.register(SANConfig, SANModel)
@@ -40,6 +47,15 @@ def register_auto_classes() -> None:
         SANConfig, image_processor_classes={"torchvision": SANImageProcessor, "pil": SANImageProcessorPil}
     )
     AutoProcessor.register(SANConfig, SANProcessor)
+    PIPELINE_REGISTRY.register_pipeline(
+        TASK,
+        OpenVocabularySegmentationPipeline,
+        pt_model=AutoModelForSemanticSegmentation,
+        default={"model": (str(EMBEDDED_FOLDER), "main")},
+        type="image",
+    )
+    # Not by register_pipeline: what it registers is saved with every model.
+    PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = SANImageSegmentationPipeline
 
 
 def register_when_imported() -> None:

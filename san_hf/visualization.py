@@ -1,13 +1,13 @@
 """Visualisations of label maps: class maps, overlays with names and a legend, and comparisons."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from san_hf.colors import OTHER_COLOR, class_colors, name_colors
+from san_hf.colors import OTHER_COLOR, Color, class_colors, name_colors
 from san_hf.images import to_rgb
 from san_hf.legend import LegendEntry, drawn_name, fitted, text_font, with_legend
 
@@ -199,7 +199,11 @@ class Comparison:
 
 
 def draw_comparisons(
-    comparisons: Sequence[Comparison], class_names: Sequence[str], ignore_index: int, font_size: int = 15
+    comparisons: Sequence[Comparison],
+    class_names: Sequence[str],
+    ignore_index: int,
+    font_size: int = 15,
+    given_colors: Mapping[str, Color] | None = None,
 ) -> Image.Image:
     """
     A grid: for each comparison a row of the image, the ground truth, and for each model its prediction and its errors;
@@ -210,6 +214,7 @@ def draw_comparisons(
         class_names: one for each label.
         ignore_index: what pixels without a label have in the label maps. They are no errors, whatever is predicted.
         font_size: in pixels.
+        given_colors: by class name, for classes that are to have their own: see [`san_hf.colors.name_colors`].
 
     Raises:
         ValueError: no comparisons, maps of another size than their image, or labels without a name.
@@ -218,7 +223,7 @@ def draw_comparisons(
         raise ValueError("Got no comparisons to draw, expected at least one.")
     num_labels = len(class_names)
     # Beyond the classes: "other", "no label".
-    colors = np.concatenate([name_colors(class_names), [OTHER_COLOR], [UNLABELLED_COLOR]])
+    colors = np.concatenate([name_colors(class_names, given_colors), [OTHER_COLOR], [UNLABELLED_COLOR]])
     models = list(comparisons[0].predictions)
     rows, seen = [], np.zeros(len(colors), dtype=bool)
     for comparison in comparisons:

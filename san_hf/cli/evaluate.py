@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from san_hf.cli.console import quiet_libraries, show, table_console
+from san_hf.cli.evaluate_folders import (
+    COMPARED_FOLDER,
+    PICTURES_FILE,
+    open_folders,
+    remove_drawings,
+)
 from san_hf.cli.evaluate_options import (
     AugmentOption,
     BatchSizeOption,
@@ -33,25 +39,28 @@ from san_hf.cli.evaluate_options import (
     SourcesOption,
     SplitOption,
     StreamingOption,
-    SynonymsOption,
     ValidationShareOption,
     WorkersOption,
 )
 from san_hf.cli.options import (
+    AverageSynonymsOption,
+    ColorsOption,
     DeviceOption,
     ExpandOption,
     ModelOption,
     OverwriteOption,
     Precision,
     PrecisionOption,
+    SynonymsOption,
     TemplatesOption,
-    value_of,
+    ThresholdOption,
 )
+from san_hf.cli.vocabulary_options import colors_of_options, expansion_of_option, templates_of_options
 from san_hf.data.benchmarks import BENCHMARKS
-from san_hf.files import remove_files
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.messages import join_some
-from san_hf.paths import paths_for
+from san_hf.paths import expand_path, paths_for
+from san_hf.vocabularies.files import is_vocabulary_file
 
 
 if TYPE_CHECKING:
@@ -65,7 +74,6 @@ if TYPE_CHECKING:
     Models = dict[str, tuple[SANForSemanticSegmentation, SANProcessor]]
 
 ALL = "all"
-PICTURES_FILE, COMPARED_FOLDER, PROGRESS_FOLDER = "pictures.png", "compared", "progress"
 
 
 def evaluate(
@@ -88,7 +96,10 @@ def evaluate(
     classes: ClassesOption = None,
     expand: ExpandOption = None,
     synonyms: SynonymsOption = False,
+    average_synonyms: AverageSynonymsOption = False,
+    threshold: ThresholdOption = None,
     templates: TemplatesOption = None,
+    colors: ColorsOption = None,
     image_column: ColumnOption = None,
     label_column: ColumnOption = None,
     ignore_index: IgnoreIndexOption = None,
@@ -137,9 +148,11 @@ def evaluate(
     }
     # What changes the metrics, for results.json.
     settings = {
-        "expand": value_of(expand),
+        "expand": expansion_of_option(expand),
         "synonyms": synonyms,
-        "templates": value_of(templates),
+        "average_synonyms": average_synonyms,
+        "threshold": threshold,
+        "templates": templates_of_options(templates),
         "augment": augment,
         "limit": limit,
         "batch_size": batch_size,
@@ -148,12 +161,16 @@ def evaluate(
         model=model,
         compare_with=compare_with,
         accelerator=accelerator,
-        settings=settings | {"dtype": dtype.value, "label_shift": label_shift, "label_palette": label_palette},
+        settings=settings
+        | ({"vocabulary": Path(classes).name} if classes and is_vocabulary_file(classes) else {})
+        | {"dtype": dtype.value, "label_shift": label_shift, "label_palette": label_palette},
         options=settings
         | {"boundary": boundary, "skip_broken": skip_broken, "workers": workers}
         | {"save_every": save_every, "resume": resume, "seed": seed},
         pictures=pictures,
         predictions=predictions,
+        vocabulary=expand_path(classes) if classes and is_vocabulary_file(classes) else None,
+        colors=colors_of_options(colors),
     )
     all_data = load_data(find_datasets(sources, data_root), split, reading_options)
     if validation_split is not None:
@@ -204,6 +221,8 @@ class Evaluations:
     options: dict[str, Any]
     pictures: int
     predictions: bool
+    vocabulary: str | None = None
+    colors: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     reports: "list[Report]" = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
@@ -232,7 +251,7 @@ class Evaluations:
         if self.is_main:
             self.reports += [report for report in reports if report is not None]
             if titles:
-                draw_pictures(folder / PICTURES_FILE, columns, titles, data)
+                draw_pictures(folder / PICTURES_FILE, columns, titles, data, self.colors)
         self.wait()
 
     def _evaluate(
@@ -249,6 +268,7 @@ class Evaluations:
             accelerator=self.accelerator,
             output=folder,
             progress=progress,
+            vocabulary=self.vocabulary,
             **self.options,
             **options,
         )
@@ -341,59 +361,12 @@ def find_datasets(sources: Sequence[str], root: Path | None) -> list[str]:
     return found
 
 
-def open_folders(
-    folders: Sequence[Path], resume: bool, overwrite: bool, accelerator: "Accelerator | None", locks: ExitStack
-) -> None:
-    """Makes the results' folders, locked while `locks` is open; all are checked before the first is written to."""
-    from san_hf.evaluation.resume import evaluation_lock
-
-    for folder in folders:
-        check_folder(folder, resume, overwrite)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    if accelerator is None or accelerator.is_main_process:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            locks.enter_context(evaluation_lock(folder))
-
-
-def remove_drawings(folders: Sequence[Path]) -> None:
-    """What this run may not replace; evaluate and write_results replace the rest."""
-    from san_hf.evaluation.evaluator import PROGRESS_FILES
-
-    for folder in folders:
-        (folder / PICTURES_FILE).unlink(missing_ok=True)
-        remove_files(folder / COMPARED_FOLDER / PROGRESS_FOLDER, PROGRESS_FILES)
-        remove_files(folder / COMPARED_FOLDER, written_files())
-
-
-def written_files() -> tuple[str, ...]:
-    """The files of an evaluation's results."""
-    from san_hf.evaluation.evaluator import PREDICTIONS_FILE
-    from san_hf.evaluation.report import CLASSES_FILE, RESULTS_FILE, TABLE_FILE
-
-    return RESULTS_FILE, CLASSES_FILE, TABLE_FILE, PREDICTIONS_FILE, PICTURES_FILE
-
-
-def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """
-    Before anything is computed: nothing is lost by writing.
-
-    Raises:
-        ValueError: there are results, or a part of them.
-    """
-    if resume or overwrite:
-        return
-    for name, what in (*((name, "results") for name in written_files()), (PROGRESS_FOLDER, "an interrupted run")):
-        if (folder / name).exists():
-            raise ValueError(
-                f"'{folder}' holds {what} ({name}). Go on with them by --resume, replace them by --overwrite, or "
-                "choose another --output."
-            )
-
-
 def draw_pictures(
-    file: Path, evaluations: "dict[str, Evaluation]", titles: dict[int, str], data: "SegmentationDataset"
+    file: Path,
+    evaluations: "dict[str, Evaluation]",
+    titles: dict[int, str],
+    data: "SegmentationDataset",
+    colors: dict[str, tuple[int, int, int]],
 ) -> None:
     """Writes the drawing of some examples with the predictions of each model."""
     from san_hf.evaluation.pictures import draw_kept
@@ -408,7 +381,8 @@ def draw_pictures(
     }
     examples = next(iter(columns.values()))
     full_titles = {index: f"{title}: {examples[index].name}" for index, title in titles.items()}
-    picture = draw_kept(columns, full_titles, data.class_names, data.ignore_index)
+    own = next(iter(evaluations.values())).colors
+    picture = draw_kept(columns, full_titles, data.class_names, data.ignore_index, {**own, **colors})
     with new_file(file) as opened:
         picture.save(opened, format="png")
 

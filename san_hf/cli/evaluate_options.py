@@ -75,15 +75,8 @@ ClassesOption = Annotated[
         metavar="LIST",
         show_default=False,
         help="The class names in the order of the labels, if the set doesn't say: a file (text with one name a line, "
-        "or JSON, a list or mapping), or a benchmark's name.",
-    ),
-]
-SynonymsOption = Annotated[
-    bool,
-    typer.Option(
-        "--synonyms",
-        help='Take the name "television, tv" for two words, of which the better one counts. By default names are '
-        "put into the prompts as they are, as in SAN's published results.",
+        "or JSON, a list or mapping), or a benchmark's name. Of a vocabulary's file, .safetensors, the "
+        "embeddings are used as they are.",
     ),
 ]
 ColumnOption = Annotated[

@@ -9,10 +9,12 @@ from typing import Annotated
 
 import typer
 
+from san_hf.cli.adapters import adapters
 from san_hf.cli.console import expected_errors, replace_unprintable, show, show_stack_traces
 from san_hf.cli.convert import convert, export
 from san_hf.cli.evaluate import evaluate
 from san_hf.cli.prepare import prepare
+from san_hf.cli.push import push
 from san_hf.cli.results import results
 from san_hf.cli.segment import segment
 from san_hf.cli.train import train
@@ -25,7 +27,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "train": train,
     "evaluate": evaluate,
+    "push": push,
     "results": results,
+    "adapters": adapters,
 }
 
 app = typer.Typer(

@@ -6,18 +6,6 @@ from typing import Annotated
 
 import typer
 
-from san_hf.vocabularies import EXPANSIONS
-
-
-Expansion = Enum("Expansion", {name: name for name in EXPANSIONS}, type=str)  # type: ignore[misc]  # dynamic
-
-
-class Templates(str, Enum):
-    """Names of `san_hf.modeling.prompts_san.PROMPT_TEMPLATES`."""
-
-    vild = "vild"
-    imagenet = "imagenet"
-
 
 class Precision(str, Enum):
     """Names of torch's floating-point types."""
@@ -33,19 +21,50 @@ MODEL_HELP = (
 )
 ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 ExpandOption = Annotated[
-    Expansion | None,
+    str | None,
     typer.Option(
+        metavar="NAMES",
         show_default=False,
-        help="Let pixels go elsewhere, too: to COCO-Stuff's 171 classes (coco) or its 91 stuff classes (coco-stuff). "
-        'All of these become one "other"; in an evaluation, they are wrong.',
+        help="Let pixels go elsewhere, too: to COCO-Stuff's 171 classes (coco), its 91 stuff classes "
+        '(coco-stuff), or classes of your own, as for --classes: "wall, floor". All of these become one '
+        '"other"; in an evaluation, they are wrong.',
     ),
 ]
 TemplatesOption = Annotated[
-    Templates | None,
+    list[str] | None,
     typer.Option(
+        metavar="NAME|TEXT|FILE",
         show_default=False,
-        help="The sentences that names are put into: ViLD's 14, or CLIP's 80 for ImageNet. By default, what the model "
-        "was trained with.",
+        help="The sentences that names are put into: vild, ViLD's 14; imagenet, CLIP's 80 for ImageNet; your own, such "
+        'as "a photo of a {}."; or a file of such lines. May be repeated. By default, what the model was trained with.',
+    ),
+]
+ThresholdOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        show_default=False,
+        help='Pixels whose confidence is lower (0 to 1) become "other"; in an evaluation, they are wrong.',
+    ),
+]
+SynonymsOption = Annotated[
+    bool,
+    typer.Option(
+        "--synonyms",
+        help='Take the name "television, tv" for two words, of which the better one counts. By default names are '
+        "put into the prompts as they are, as in SAN's published results.",
+    ),
+]
+AverageSynonymsOption = Annotated[
+    bool, typer.Option("--average-synonyms", help="With --synonyms, the mean of a class's words counts instead.")
+]
+ColorsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=COLOUR|FILE",
+        show_default=False,
+        help="The colour of a class, such as sky=#87ceeb or road=grey; or a file with such lines. May be repeated.",
     ),
 ]
 DeviceOption = Annotated[
@@ -56,8 +75,3 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what
 OutputFolderOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where to write. It is made if need be.")
 ]
-
-
-def value_of(choice: Enum | None) -> str | None:
-    """The text of a choice."""
-    return None if choice is None else choice.value

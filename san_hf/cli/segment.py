@@ -1,9 +1,7 @@
 """`san-hf segment`."""
 
-import csv
 import glob
 import os
-import re
 from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
@@ -16,6 +14,8 @@ from rich.text import Text
 
 from san_hf.cli.console import explain, fail, quiet_libraries, show, show_error
 from san_hf.cli.options import (
+    AverageSynonymsOption,
+    ColorsOption,
     DeviceOption,
     ExpandOption,
     ModelOption,
@@ -23,16 +23,31 @@ from san_hf.cli.options import (
     OverwriteOption,
     Precision,
     PrecisionOption,
+    SynonymsOption,
     TemplatesOption,
-    value_of,
+    ThresholdOption,
 )
 from san_hf.cli.segment_journal import Journal, model_facts, parse_shard
-from san_hf.data.class_names import is_class_list, read_class_names, refuse_separators
+from san_hf.cli.segment_options import (
+    ClassesFileOption,
+    ClassesOption,
+    OtherOption,
+    SaveVocabularyOption,
+    ShardOption,
+)
+from san_hf.cli.vocabulary_options import (
+    class_facts,
+    class_names_of_options,
+    colors_of_options,
+    expansion_of_option,
+    templates_of_options,
+)
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.inference.writers import FORMATS, output_files
 from san_hf.messages import join_some, printable
 from san_hf.paths import expand_path, list_images, paths_for
 from san_hf.progress import PlainConsole, progress_bar
+from san_hf.vocabularies.files import is_vocabulary_file
 
 
 if TYPE_CHECKING:
@@ -53,37 +68,15 @@ def segment(
             metavar="IMAGE", show_default=False, help="Image files, folders (with all below them) or patterns."
         ),
     ],
-    classes: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAMES",
-            help='What to look for, separated by commas: "cat, grass, sky". A name with a comma goes in double '
-            "quotes. Or a benchmark's name, such as voc, for its class names. Every pixel gets one of these names, so "
-            "name the background, too, or use --expand. Not needed if the model carries names of its own.",
-        ),
-    ] = None,
-    classes_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="What to look for, from a file: text with one name a line, or JSON, a list or mapping."
-        ),
-    ] = None,
+    classes: ClassesOption = None,
+    classes_file: ClassesFileOption = None,
     model: ModelOption = EMBEDDED_MODEL,
     expand: ExpandOption = None,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, show_default=False, help='Pixels whose best score is lower (0 to 1) become "other".'
-        ),
-    ] = None,
-    colors: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=COLOUR|FILE",
-            show_default=False,
-            help="The colour of a class, such as sky=#87ceeb or road=grey; or a file with such lines. May be repeated.",
-        ),
-    ] = None,
+    threshold: ThresholdOption = None,
+    other: OtherOption = None,
+    synonyms: SynonymsOption = False,
+    average_synonyms: AverageSynonymsOption = False,
+    colors: ColorsOption = None,
     output: OutputFolderOption = Path("outputs"),
     formats: Annotated[
         list[Format],
@@ -92,7 +85,7 @@ def segment(
             "-f",
             help="What to write; may be repeated. overlay: the image, tinted, with names and a legend. mask: the "
             "regions in plain colours. json: names, shares of pixels and colours. png-labels: one number per pixel, "
-            "and the json that explains them.",
+            "and the json that explains them. confidence: how sure each pixel's name is, 16-bit grey, 65535 for 1.",
         ),
     ] = [Format.overlay],  # type: ignore[attr-defined]  # noqa: B006  # dynamic
     overwrite: OverwriteOption = False,
@@ -104,15 +97,9 @@ def segment(
             "have changed since.",
         ),
     ] = False,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            show_default=False,
-            help="Only the I-th of N parts of the images, for several machines with the same arguments: 1/4 to 4/4.",
-        ),
-    ] = None,
+    shard: ShardOption = None,
     templates: TemplatesOption = None,
+    save_vocabulary: SaveVocabularyOption = None,
     device: DeviceOption = "auto",
     dtype: PrecisionOption = Precision.float32,
 ) -> None:
@@ -135,8 +122,15 @@ def segment(
     jobs = [(Path(source), stem) for (source, _), stem in zip(sources, stems)][part[0] - 1 :: part[1]]
     if not jobs:
         fail(f"There are no images for --shard {shard}: there are {len(sources)} in all.")
-    options = {"expand": value_of(expand), "templates": value_of(templates), "threshold": threshold}
-    settings = {"the model": model_facts(expand_path(model)), "the class names": class_names, **options}
+    options: dict[str, Any] = {
+        "expand": expansion_of_option(expand),
+        "templates": templates_of_options(templates),
+        "threshold": threshold,
+        "other": other,
+        "synonyms": synonyms,
+        "average_synonyms": average_synonyms,
+    }
+    settings = {"the model": model_facts(expand_path(model)), "the class names": class_facts(class_names), **options}
     settings |= {"the formats": sorted(wanted), "the dtype": dtype.value, "the colours": given_colors}
     journal = Journal(output, part, settings)
     done = journal.resume() if resume else {}
@@ -147,12 +141,18 @@ def segment(
         wanted,
         overwrite or (resume and journal.path.exists()),
     )
+    if save_vocabulary is not None:
+        check_vocabulary_file(save_vocabulary, overwrite or resume)
     make_folder(output)
     if len(remaining) < len(jobs):
         show(f"{len(jobs) - len(remaining)} of {len(jobs)} images are done already.")
     if not remaining:
         raise typer.Exit(1 if missing else 0)
-    segmenter = load_segmenter(model, class_names, device, dtype.value, {**options, "colors": given_colors})
+    options |= {"colors": given_colors, "confidence": "confidence" in wanted}
+    segmenter = load_segmenter(model, class_names, device, dtype.value, options)
+    if save_vocabulary is not None:
+        segmenter.vocabulary.with_options(colors=given_colors).save(save_vocabulary)
+        show(f"Wrote {printable(save_vocabulary)}")
     if model == EMBEDDED_MODEL:
         show(Text(EMBEDDED_NOTE, style="yellow"))
     if "overlay" in wanted:
@@ -229,53 +229,6 @@ def show_numbered(class_names: list[str]) -> None:
         show(Text(printable(numbers_note(numbered)), style="yellow"))
 
 
-def class_names_of_options(classes: list[str] | None, file: Path | None) -> list[str] | None:
-    """The names of both options in their order; `None` if neither is given."""
-    if not classes and file is None:
-        return None
-    names = []
-    for value in classes or []:
-        names += read_class_names(value, skip_blank=True) if is_class_list(value) else split_names(value)
-    if file is not None:
-        names += read_class_names(file, skip_blank=True)
-    garbled = [name for name in names if any("\ud800" <= letter <= "\udfff" for letter in name)]
-    if garbled:
-        fail(f"The class name '{printable(garbled[0])}' is no text in this terminal's encoding. Expected UTF-8.")
-    if not names:
-        fail('Got no class name, expected at least one, for example --classes "cat, grass, sky".')
-    return names
-
-
-def colors_of_options(values: list[str] | None) -> "dict[str, tuple[int, int, int]]":
-    """Colours by class name, of files and of "name=colour"; later ones win."""
-    from san_hf.colors import parse_color, read_colors, split_color
-
-    colors: dict[str, tuple[int, int, int]] = {}
-    for value in values or []:
-        if os.path.isfile(expand_path(value)):
-            colors |= read_colors(expand_path(value))
-        else:
-            name, color = split_color(value, "--colors")
-            colors[name] = parse_color(color, name)
-    return colors
-
-
-def split_names(line: str) -> list[str]:
-    """Names separated by commas, those with a comma in double quotes."""
-    if '"' not in line:
-        for name in filter(None, map(str.strip, line.split(","))):
-            refuse_separators(name, f"--classes {line!r:.200}", alone="," not in line)
-    names = []
-    # strict, so that a quote that isn't closed is an error; spaces after a closing quote are not.
-    tidy = re.sub(r'"\s+(?=,|$)', '"', line)
-    try:
-        for row in csv.reader(tidy.splitlines(), skipinitialspace=True, strict=True):
-            names += row
-    except csv.Error as error:
-        fail(f"--classes {line!r}: {error}. A name with a comma goes in double quotes.")
-    return [name.strip() for name in names if name.strip()]
-
-
 def find_images(patterns: list[str], output: Path) -> list[tuple[str, Path]]:
     """
     The files that are meant, each once, and for each a relative path to name its outputs after.
@@ -324,6 +277,14 @@ def check_outputs(images: list[Path], stems: list[Path], formats: list[str], ove
         )
 
 
+def check_vocabulary_file(file: Path, overwrite: bool) -> None:
+    """Before anything is computed: the vocabulary's file has the ending that its readers look for, and is a new one."""
+    if not is_vocabulary_file(file):
+        fail(f"Got --save-vocabulary {printable(file)}, expected a name that ends in .safetensors.")
+    if os.path.lexists(file) and not overwrite:
+        fail(f"'{printable(file)}' exists already. Use --overwrite to replace it, or another --save-vocabulary.")
+
+
 def make_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -333,7 +294,7 @@ def make_folder(output: Path) -> None:
 
 
 def load_segmenter(
-    model: str, class_names: list[str] | None, device: str, dtype: str, options: dict[str, Any]
+    model: str, class_names: list[str] | str | None, device: str, dtype: str, options: dict[str, Any]
 ) -> "Segmenter":
     """The model with its vocabulary, on its device."""
     import torch

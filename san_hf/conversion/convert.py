@@ -38,6 +38,7 @@ def convert_checkpoint(
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
     release: Release | None = None,
+    base: str | Path | None = None,
 ) -> Path:
     """Writes a complete Transformers folder for a checkpoint in the original's layout.
 
@@ -54,6 +55,8 @@ def convert_checkpoint(
         overwrite: whether `output` may be a model folder already, which is then replaced.
         release: which released file `source` is known to be. Its card then claims the published results; otherwise
             it only quotes them.
+        base: to write the side adapter alone: the CLIP that the checkpoint was trained on, a folder or a repository in
+            Transformers format. Its tensors are compared with the checkpoint's frozen ones, and have to be equal.
 
     Returns:
         `output`, absolute.
@@ -62,7 +65,7 @@ def convert_checkpoint(
         FileNotFoundError, IsADirectoryError: there is no file `source`.
         FileExistsError: `output` is there already.
         ConversionError: a file that can't be read, a configuration that is needed or doesn't fit, keys that are
-            missing or left over, wrong shapes. The message names them.
+            missing or left over, wrong shapes, another base. The message names them.
         OSError: it can't be written. What was there before is unchanged.
         san_hf.locks.InUseError: another conversion writes to it.
     """
@@ -70,7 +73,7 @@ def convert_checkpoint(
     with writing_to(output):
         check_output(output, overwrite, source)
         with new_folder(output) as folder:
-            _write_model(source, folder, config, dtype, release, model_id=output.name)
+            _write_model(source, folder, config, dtype, release, model_id=output.name, base=base)
     return output
 
 
@@ -81,6 +84,7 @@ def _write_model(
     dtype: torch.dtype,
     release: Release | None,
     model_id: str,
+    base: str | Path | None,
 ) -> None:
     original = read_original(source)
     recognized = None
@@ -101,8 +105,15 @@ def _write_model(
 
     model = build_empty(config)
     model.load_state_dict(state_dict, strict=True, assign=True)
-    model.save_pretrained(folder)
-    build_processor(config).save_pretrained(folder)
+    processor = build_processor(config)
+    if base is None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    else:
+        try:
+            model.save_pretrained(folder, adapter_only=True, base_model=str(base), processor=processor)
+        except (OSError, ValueError) as error:
+            raise ConversionError(f"'{source}' can't be converted without its CLIP: {error}") from error
     with source.open("rb") as file:
         checksum = sha_fileobj(file).hex()
     render_card(

@@ -10,11 +10,12 @@ from san_hf.json_files import JSONError, parse_json, read_text
 from san_hf.messages import join_some, one_line
 from san_hf.paths import expand_path
 from san_hf.vocabularies import EXPANSIONS, VOCABULARIES, load_vocabulary
+from san_hf.vocabularies.files import FILE_ENDING, VocabularyError, is_vocabulary_file, read_vocabulary_names
 
 from .errors import DataError
 
 
-FILE_ENDINGS = (".txt", ".json")
+FILE_ENDINGS = (".txt", ".json", FILE_ENDING)
 SEPARATORS = re.compile("[,;|\t]")
 
 
@@ -31,7 +32,7 @@ def read_class_names(source: str | os.PathLike | Iterable[str] | Mapping, skip_b
     Args:
         source: the names in the order of their labels, or by label ({0: "sky", ...}); or the name of one of
             `san_hf.VOCABULARIES`; or a file: text with one name a line, or JSON (.json), a list of names or names by
-            label ({"0": "sky", ...}).
+            label ({"0": "sky", ...}), or a vocabulary's file (.safetensors, see [`san_hf.Vocabulary.save`]).
         skip_blank: pass over blank lines of a text file, where no label depends on a name's position; otherwise they
             are an error, but for blank lines at the end.
 
@@ -51,6 +52,11 @@ def read_class_names(source: str | os.PathLike | Iterable[str] | Mapping, skip_b
             path = expand_path(path)
         except ValueError as error:
             raise DataError(str(error)) from error
+        if is_vocabulary_file(path):
+            try:
+                return read_vocabulary_names(path)
+            except VocabularyError as error:
+                raise DataError(str(error)) from error
         where = f"the class list '{path}'"
         if Path(path).suffix.lower() == ".json":
             names = _read_json(_read_text(path), where)

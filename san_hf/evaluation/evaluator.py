@@ -1,7 +1,8 @@
 """Evaluation of a model on a data set: image by image, over any number of processes, and resumable."""
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,7 @@ from san_hf.evaluation.resume import (
     model_checksum,
     writing_to,
 )
-from san_hf.files import remove_files
+from san_hf.files import json_text, remove_files
 from san_hf.inference import Predictor, Vocabulary
 from san_hf.inference.predictor import evaluation_mode
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
@@ -39,6 +40,7 @@ PREDICTIONS_FILE = "predictions.json"
 # In the folder of the state: a state and predictions for each process.
 PROGRESS_FILES = ("[0-9]*.pt", "[0-9]*.jsonl")
 PROGRESS_FOLDER = "progress"
+_VOCABULARY_OPTIONS = ("expand", "synonyms", "average_synonyms", "threshold", "templates")
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,14 @@ class Evaluation(Results):
             were asked for.
         random: indices of random images that aren't among the worst, as many as there are to draw.
         broken: what is wrong with each example that was left out, in the order of the examples.
+        colors: those that the vocabulary has of its own, by class name.
         examples: those to draw, with their predictions, by index: see [`san_hf.evaluation.pictures.draw_kept`].
     """
 
     worst: list[tuple[int, float]] = field(default_factory=list)
     random: list[int] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    colors: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     examples: dict[int, KeptExample] = field(default_factory=dict)
 
 
@@ -71,7 +75,7 @@ class EvaluationOptions:
             differ, as sums of floats depend on how many are computed at once.
         workers: threads that read and resize images ahead; 0 for none.
         limit: only the first so many images.
-        expand, synonyms, templates: see [`Vocabulary.encode`].
+        expand, synonyms, average_synonyms, threshold, templates: see [`Vocabulary.encode`].
         augment: see [`Predictor`].
         boundary: whether to measure boundaries, too: see [`ConfusionMatrixMetrics`].
         worst: how many of the worst images to name.
@@ -93,8 +97,10 @@ class EvaluationOptions:
     batch_size: int = 1
     workers: int = 2
     limit: int | None = None
-    expand: str | None = None
+    expand: str | Sequence[str] | None = None
     synonyms: bool = False
+    average_synonyms: bool = False
+    threshold: float | None = None
     templates: str | Sequence[str] | None = None
     augment: bool = False
     boundary: bool = False
@@ -125,7 +131,7 @@ def evaluate(
     data: SegmentationDataset,
     *,
     accelerator: Accelerator | None = None,
-    vocabulary: Vocabulary | None = None,
+    vocabulary: Vocabulary | str | os.PathLike | None = None,
     **options: Any,
 ) -> Evaluation:
     """
@@ -139,7 +145,8 @@ def evaluate(
         processor: the model's.
         data: a split of a data set; its class names are looked for, whatever vocabulary the model carries.
         accelerator: of a run of several processes, all of which call this; the model runs under its mixed precision.
-        vocabulary: the data's class names, if they were encoded before, by this model as it is.
+        vocabulary: the data's class names, if they were encoded before, by this model as it is; or the file that
+            [`Vocabulary.save`] wrote of them.
         **options: see [`EvaluationOptions`].
 
     Returns:
@@ -155,15 +162,21 @@ def evaluate(
     with evaluation_mode(model):
         autocast = accelerator.autocast if accelerator else nullcontext
         predictor = Predictor(model, processor, augment=settings.augment, autocast=autocast)
-        if vocabulary is None:
-            vocabulary = predictor.vocabulary(
-                data.class_names, expand=settings.expand, synonyms=settings.synonyms, templates=settings.templates
-            )
-        elif vocabulary.num_labels != len(data.class_names):
+        own = {name: value for name in _VOCABULARY_OPTIONS if (value := getattr(settings, name))}
+        if not isinstance(vocabulary, Vocabulary) or own:
+            vocabulary = predictor.vocabulary(data.class_names if vocabulary is None else vocabulary, **own)
+        looked_for = vocabulary.class_names[: vocabulary.num_labels]
+        if len(looked_for) != len(data.class_names):
             raise ValueError(
-                f"The vocabulary has {vocabulary.num_labels} classes, {data.name} has {len(data.class_names)}: "
+                f"The vocabulary has {len(looked_for)} classes, {data.name} has {len(data.class_names)}: "
                 "expected the vocabulary of the data's class names."
             )
+        for label, names in enumerate(zip(looked_for, data.class_names)):
+            if names[0] != names[1]:
+                raise ValueError(
+                    f"The vocabulary's label {label} is {names[0]!r:.80}, that of {data.name} {names[1]!r:.80}: "
+                    "expected the vocabulary of the data's class names, in their order."
+                )
         return _Process(predictor, vocabulary, data, settings, accelerator).run()
 
 
@@ -276,6 +289,9 @@ class _Process:
             "dtype": str(model.dtype),
             "expansion": options.expand,
             "synonyms": options.synonyms,
+            "averaged synonyms": options.average_synonyms,
+            "threshold": options.threshold,
+            "words, templates and text tower": self._vocabulary_digest(),
             "templates": templates if templates is None or isinstance(templates, str) else list(templates),
             "augmentation": options.augment,
             "boundaries": options.boundary,
@@ -283,6 +299,10 @@ class _Process:
             "worst images": options.worst,
             "images to draw": [options.pictures, options.seed, sorted(options.keep)],
         }
+
+    def _vocabulary_digest(self) -> str:
+        facts = {name: value for name, value in self.vocabulary.facts().items() if name != "colors"}
+        return hashlib.sha256(json_text(facts).encode("utf-8", "surrogatepass")).hexdigest()
 
     def _count_images(self) -> None:
         state, options = self.state, self.options
@@ -388,6 +408,7 @@ class _Process:
             worst=worst,
             random=random,
             broken=messages,
+            colors=self.vocabulary.colors,
             examples={index: example for index, example in kept.examples.items() if index in wanted},
         )
 

@@ -1,7 +1,7 @@
 """Examples that are drawn after an evaluation, with the predictions that it made."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from san_hf.colors import Color
 from san_hf.data import SegmentationDataset
 from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.inference.predictor import Predictor, evaluation_mode
@@ -132,6 +133,7 @@ def draw_kept(
     titles: dict[int, str],
     class_names: Sequence[str],
     ignore_index: int,
+    colors: Mapping[str, Color] | None = None,
 ) -> Image.Image:
     """
     Draws examples that evaluations have kept, a row for each: image, ground truth, and for each model its prediction
@@ -142,6 +144,7 @@ def draw_kept(
         titles: what to write over each example, by its index, in the order of the rows.
         class_names: names of the labels.
         ignore_index: value of unlabelled pixels.
+        colors: by class name, for classes that are to have their own: see [`san_hf.colors.name_colors`].
     """
     first = next(iter(columns.values()))
     comparisons = [
@@ -156,7 +159,7 @@ def draw_kept(
     ]
     if numbered := numbered_names(class_names):
         notify(numbers_note(numbered))
-    return draw_comparisons(comparisons, class_names, ignore_index)
+    return draw_comparisons(comparisons, class_names, ignore_index, given_colors=colors)
 
 
 def draw_examples(
@@ -194,7 +197,7 @@ def draw_examples(
                 score = metrics.compute().metrics["mIoU"]
                 columns[title][index] = KeptExample.of(index, name, image, label_map, prediction.cpu().numpy(), score)
     names = [name for _, _, name in examples.values()] if titles is None else titles
-    return draw_kept(columns, dict(zip(examples, names)), data.class_names, data.ignore_index)
+    return draw_kept(columns, dict(zip(examples, names)), data.class_names, data.ignore_index, options.get("colors"))
 
 
 def _push(heap: list, entry: tuple, size: int) -> list[int]:

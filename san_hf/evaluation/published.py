@@ -93,7 +93,14 @@ def reasons_not_comparable(
     if settings.get("augment"):
         reasons.append("it was made with test-time augmentation, published are results of a single scale")
     if settings.get("expand"):
-        reasons.append(f"the vocabulary was expanded by {settings['expand']}")
+        expand = settings["expand"]
+        reasons.append(
+            f"the vocabulary was expanded by {expand if isinstance(expand, str) else f'{len(expand)} names'}"
+        )
+    if settings.get("threshold"):
+        reasons.append(f"pixels of a confidence below {settings['threshold']} counted as wrong")
+    if settings.get("vocabulary"):
+        reasons.append(f"its class names were those of the file {settings['vocabulary']}")
     if settings.get("synonyms"):
         reasons.append("synonyms were split, published are results with names as given")
     templates = settings.get("templates")

@@ -8,14 +8,16 @@ Shapes: Q queries, D CLIP's joint embedding width, C classes.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 
-from san_hf.inference.vocabulary import Autocast, Vocabulary
+from san_hf.inference.vocabulary import LABEL_OPTIONS, Autocast, ClassNames, Vocabulary
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
-from san_hf.modeling.post_processing_san import MaskPrediction, label_map_and_scores
+from san_hf.modeling.post_processing_san import LabelledPixels, MaskPrediction, label_pixels
+from san_hf.vocabularies.files import is_vocabulary_file
 
 
 # Of the processor's shortest edge. At SAN's 640: 320, 480, 640, 800, 960 and 1120, each also mirrored; the longest
@@ -99,22 +101,39 @@ class Predictor:
         self.model, self.processor, self.augment, self.autocast = model, processor, augment, autocast
         self._carried: tuple[torch.Tensor | None, Vocabulary] | None = None
 
-    def vocabulary(self, class_names: Sequence[str] | None = None, **options) -> Vocabulary:
+    def vocabulary(self, class_names: ClassNames | None = None, **options: Any) -> Vocabulary:
         """
         A vocabulary for this model.
 
         Args:
-            class_names: names to encode; `None` for the vocabulary that the model carries.
-            **options: of [`Vocabulary.encode`].
+            class_names: names to encode, or a file or a benchmark's name: see [`Vocabulary.encode`]. Or a
+                [`Vocabulary`] of this model, or the file that [`Vocabulary.save`] wrote of one, which aren't encoded
+                again. `None` for the vocabulary that the model carries.
+            **options: of [`Vocabulary.encode`]; of those that were encoded before, only `threshold`, `other` and
+                `colors`, see [`Vocabulary.with_options`].
 
         Raises:
             ValueError: see [`Vocabulary.encode`] and [`Vocabulary.of_model`].
+            VocabularyError: embeddings of another text tower, or a file that can't be read.
         """
-        if class_names is not None:
+        if isinstance(class_names, Vocabulary):
+            class_names.check_model(self.model)
+            vocabulary = class_names.to(self.model.device)
+        elif is_vocabulary_file(class_names):
+            vocabulary = Vocabulary.load(class_names, self.model)  # type: ignore[arg-type]  # a path
+        elif class_names is not None:
             return Vocabulary.encode(self.model, self.processor, class_names, autocast=self.autocast, **options)
-        if self._carried is None or self._carried[0] is not self.model.class_embeds:
-            self._carried = self.model.class_embeds, Vocabulary.of_model(self.model)
-        return self._carried[1]
+        else:
+            if self._carried is None or self._carried[0] is not self.model.class_embeds:
+                self._carried = self.model.class_embeds, Vocabulary.of_model(self.model)
+            vocabulary = self._carried[1]
+        changes = {name: options.pop(name, None) for name in LABEL_OPTIONS}
+        if given := [name for name, value in options.items() if value]:
+            raise ValueError(
+                "Only class names that are given can be expanded or changed, not those of a vocabulary or those that "
+                f"a model carries: got {', '.join(given)}."
+            )
+        return vocabulary if all(value is None for value in changes.values()) else vocabulary.with_options(**changes)
 
     def prepare(self, image: Image.Image) -> PreparedImage:
         """
@@ -156,7 +175,6 @@ class Predictor:
                 encoded[index] = EncodedImage(prepared[index].target_size, views_of_image)
         return [encoded[index] for index in range(len(prepared))]
 
-    @torch.inference_mode()
     def classify(self, encoded: Sequence[EncodedImage], vocabulary: Vocabulary | None = None) -> list[torch.Tensor]:
         """
         Label maps of encoded images. It needs no vision pass and no text pass.
@@ -172,9 +190,25 @@ class Predictor:
         Raises:
             ValueError: the model's outputs are not finite, or it carries no vocabulary and none is given.
         """
+        return [pixels.labels for pixels in self.classify_pixels(encoded, vocabulary)]
+
+    @torch.inference_mode()
+    def classify_pixels(
+        self, encoded: Sequence[EncodedImage], vocabulary: Vocabulary | None = None
+    ) -> list[LabelledPixels]:
+        """
+        As [`Predictor.classify`], with a confidence for each pixel: `labels`, (H, W) int64, and `confidence`, (H, W)
+        float32.
+
+        SAN's score of a class at a pixel is a sum over queries, of the class's probability for a query times the
+        query's mask, and so has no upper bound. The confidence is the highest score, divided by the sum of the scores
+        of all classes where that sum is more than 1: 0..1, 1 where all queries that cover the pixel are sure of one
+        class, 0 where none covers it. It is what a vocabulary's threshold is compared with. A pixel that becomes
+        "other" keeps the confidence of the class that it would have had.
+        """
         vocabulary = self.vocabulary() if vocabulary is None else vocabulary
         classifier = self.model.build_classifier(class_embeds=vocabulary.class_embeds)
-        label_maps = []
+        labelled = []
         for image in encoded:
             predictions = []
             for view in image.views:
@@ -190,9 +224,8 @@ class Predictor:
                         view.mirrored,
                     )
                 )
-            label_map, _ = label_map_and_scores(predictions, vocabulary.num_labels, vocabulary.threshold)
-            label_maps.append(label_map)
-        return label_maps
+            labelled.append(label_pixels(predictions, vocabulary.num_labels, vocabulary.threshold))
+        return labelled
 
     def __call__(
         self, images: Sequence[Image.Image | PreparedImage], vocabulary: Vocabulary | None = None

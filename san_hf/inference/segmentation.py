@@ -18,7 +18,7 @@ from san_hf.visualization import colorize, draw_overlay
 @dataclass(frozen=True, eq=False)
 class Segmentation:
     """
-    A segmented image. Two are equal if their images, label maps, class names and colours are.
+    A segmented image. Two are equal if their images, label maps, class names, colours and confidences are.
 
     Attributes:
         image: the image, upright, 8-bit RGB.
@@ -27,6 +27,7 @@ class Segmentation:
         expanded: whether the last label is "other": all classes that the vocabulary was expanded by, and pixels below
             its threshold.
         given_colors: colours by name, for classes that are to have their own: see [`san_hf.colors.name_colors`].
+        confidence: (H, W) float32, 0..1, of each pixel, if it was asked for: see [`Predictor.classify_pixels`].
     """
 
     image: Image.Image
@@ -34,6 +35,7 @@ class Segmentation:
     class_names: Sequence[str]
     expanded: bool = False
     given_colors: Mapping[str, Color] = field(default_factory=dict)
+    confidence: np.ndarray | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Segmentation):
@@ -43,6 +45,7 @@ class Segmentation:
             and self.expanded == other.expanded
             and np.array_equal(self.label_map, other.label_map)
             and np.array_equal(self.colors, other.colors)
+            and _equal(self.confidence, other.confidence)
             and self.image.mode == other.image.mode
             and np.array_equal(np.asarray(self.image), np.asarray(other.image))
         )
@@ -83,21 +86,30 @@ class Segmentation:
         """The label map in colours, of the image's size."""
         return colorize(self.label_map, self.colors)
 
-    def save(self, stem: str | os.PathLike, formats: Sequence[str] = FORMATS, **facts: Any) -> list[Path]:
+    def save(self, stem: str | os.PathLike, formats: Sequence[str] | None = None, **facts: Any) -> list[Path]:
         """
         Writes files whose names start with `stem`: `.overlay.png`, `.mask.png`, `.json` (the legend and the size), and
-        for "png-labels" `.labels.png` (one label per pixel, 8-bit or 16-bit grey) with its legend in `.json`.
+        for "png-labels" `.labels.png` (one label per pixel, 8-bit or 16-bit grey) with its legend in `.json`, for
+        "confidence" `.confidence.png` (16-bit grey, the confidence of each pixel times 65,535).
 
         Args:
             stem: path without extension. Files that are there already are replaced, each at once when it is complete.
-            formats: out of `FORMATS`.
+            formats: out of `FORMATS`; by default all, "confidence" only if there is one.
             **facts: further entries of the JSON file.
 
         Returns:
             The files.
 
         Raises:
-            ValueError: an unknown format.
+            ValueError: an unknown format, or "confidence" without one.
             OSError: a file can't be written.
         """
+        if formats is None:
+            formats = [name for name in FORMATS if name != "confidence" or self.confidence is not None]
         return write_formats(self, stem, formats, facts)
+
+
+def _equal(first: np.ndarray | None, second: np.ndarray | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return np.array_equal(first, second)

@@ -15,7 +15,7 @@ from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.images import load_image
 from san_hf.inference.predictor import Predictor
 from san_hf.inference.segmentation import Segmentation
-from san_hf.inference.vocabulary import Vocabulary
+from san_hf.inference.vocabulary import ClassNames
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 
 
@@ -33,17 +33,21 @@ class Segmenter:
     Args:
         model: in evaluation mode, on its device.
         processor: the model's.
-        class_names: words for what to look for, or a [`Vocabulary`] of this model. `None` for the vocabulary that the
-            model carries.
+        class_names: words for what to look for, a file or a benchmark's name, or a [`Vocabulary`] of this model or its
+            file: see [`Predictor.vocabulary`]. `None` for the vocabulary that the model carries.
         augment: test-time augmentation, see [`Predictor`].
         colors: colours by class name, such as {"sky": "#87ceeb"}, for classes that are to have their own; other names
-            in it are ignored, so that one mapping serves many vocabularies. See [`san_hf.colors.name_colors`].
-        **options: `synonyms`, `expand`, `templates`, `threshold`: see [`Vocabulary.encode`].
+            in it are ignored, so that one mapping serves many vocabularies. They come before the vocabulary's own. See
+            [`san_hf.colors.name_colors`].
+        confidence: whether segmentations are to have the `confidence` of each pixel.
+        **options: `synonyms`, `average_synonyms`, `expand`, `templates`, `threshold`, `other`: see
+            [`Vocabulary.encode`].
 
     Attributes:
         predictor: the [`Predictor`].
         vocabulary: the [`Vocabulary`]; another one may be set at any time.
         colors: the given colours, by name.
+        confidence: as given.
 
     Raises:
         ValueError: names that are no vocabulary (none, blank, repeated), no names and a model without a vocabulary, or
@@ -54,30 +58,23 @@ class Segmenter:
         self,
         model: SANForSemanticSegmentation,
         processor: SANProcessor,
-        class_names: Sequence[str] | Vocabulary | None = None,
+        class_names: ClassNames | None = None,
         *,
         augment: bool = False,
         colors: Mapping[str, Color] | None = None,
+        confidence: bool = False,
         **options: Any,
     ):
         self.colors = {name: parse_color(color, name) for name, color in (colors or {}).items()}
+        self.confidence = confidence
         self.predictor = Predictor(model, processor, augment=augment)
-        if isinstance(class_names, Vocabulary) or class_names is None:
-            if any(value for value in options.values()):
-                raise ValueError(
-                    "Only class names that are given can be expanded or changed, not those of a vocabulary or those "
-                    f"that a model carries: got {', '.join(name for name, value in options.items() if value)}."
-                )
-        if isinstance(class_names, Vocabulary):
-            self.vocabulary = class_names
-        else:
-            self.vocabulary = self.predictor.vocabulary(class_names, **(options if class_names is not None else {}))
+        self.vocabulary = self.predictor.vocabulary(class_names, **options)
 
     @classmethod
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike = EMBEDDED_MODEL,
-        class_names: Sequence[str] | None = None,
+        class_names: ClassNames | None = None,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -143,11 +140,16 @@ class Segmenter:
 
     def _segment(self, batch: Sequence[AnyImage]) -> list[Segmentation]:
         images = [load_image(image) for image in batch]
-        label_maps = self.predictor(images, self.vocabulary)
+        labelled = self.predictor.classify_pixels(self.predictor.encode(images), self.vocabulary)
         dtype = np.uint8 if len(self.vocabulary.class_names) <= 256 else np.uint16
         return [
             Segmentation(
-                image, label_map.cpu().numpy().astype(dtype), self.class_names, self.vocabulary.has_other, self.colors
+                image,
+                pixels.labels.cpu().numpy().astype(dtype),
+                self.class_names,
+                self.vocabulary.has_other,
+                {**self.vocabulary.colors, **self.colors},
+                pixels.confidence.cpu().numpy() if self.confidence else None,
             )
-            for image, label_map in zip(images, label_maps)
+            for image, pixels in zip(images, labelled)
         ]

@@ -5,35 +5,38 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import torch.nn.functional as F
 
-from san_hf.data.class_names import read_class_names
-from san_hf.files import json_text, write_file
-from san_hf.json_files import parse_json
-from san_hf.messages import one_line
+from san_hf.colors import Color, parse_color
+from san_hf.data.class_names import is_class_list, read_class_names
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+from san_hf.modeling.prompts_san import split_templates
 from san_hf.modeling.text_san import check_class_names, clean_text
+from san_hf.paths import expand_path
 from san_hf.vocabularies import EXPANSIONS, load_vocabulary
+from san_hf.vocabularies.files import (
+    FILE_ENDING,
+    VocabularyError,
+    is_vocabulary_file,
+    read_vocabulary,
+    write_vocabulary,
+)
 
 
-FILE_FORMAT = "san_hf.vocabulary.1"
 OTHER = "other"
+# Options that need no text tower, see `Vocabulary.with_options`.
+LABEL_OPTIONS = ("threshold", "other", "colors")
 
 
 class Autocast(Protocol):
     """Gives a context manager to run a model in, such as `accelerator.autocast`."""
 
     def __call__(self) -> AbstractContextManager: ...
-
-
-class VocabularyError(ValueError):
-    """A vocabulary's file that can't be used; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,17 @@ class Vocabulary:
     Attributes:
         class_names: names of the labels, in the caller's order; "other" is the last if there is one.
         class_embeds: (N, D) float, L2-normalised embeddings of all words: a row for each class or synonym, then the
-            classes of the expansion.
+            classes of the expansion. Of averaged synonyms, one row for each class.
         class_of_row: which class each row belongs to, ascending, if classes have synonyms; by default each row is a
             class of its own.
         num_labels: how many of the classes are the caller's; all others are one "other".
         has_other: whether the last label is "other": the vocabulary was expanded, or there is a threshold.
-        threshold: pixels whose highest score (0 to about 1) is lower become "other".
+        threshold: pixels whose confidence, 0..1, is lower become "other": see [`Predictor.classify_pixels`].
         text_digest: SHA-256 of the text tower that computed the embeddings, see [`text_tower_digest`].
+        words: of each class, the caller's and then the expansion's, what was encoded for it; none of a vocabulary that
+            a model carries.
+        templates: the prompt templates that the words were put into; none of a vocabulary that a model carries.
+        colors: RGB, 0..255, by class name, for classes that are to have their own: see [`san_hf.colors.name_colors`].
     """
 
     class_names: tuple[str, ...]
@@ -60,6 +67,9 @@ class Vocabulary:
     has_other: bool = False
     threshold: float | None = None
     text_digest: str = ""
+    words: tuple[tuple[str, ...], ...] = ()
+    templates: tuple[str, ...] = ()
+    colors: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
     @classmethod
     def encode(
@@ -69,10 +79,11 @@ class Vocabulary:
         class_names: str | os.PathLike | Sequence[str] | Mapping,
         *,
         synonyms: bool | Mapping[str, Sequence[str]] = False,
+        average_synonyms: bool = False,
         expand: str | Sequence[str] | None = None,
         templates: str | Sequence[str] | None = None,
-        threshold: float | None = None,
         autocast: Autocast = nullcontext,
+        **options: Any,
     ) -> "Vocabulary":
         """
         Encodes class names with CLIP's text tower; each prompt goes through it once.
@@ -85,39 +96,41 @@ class Vocabulary:
             synonyms: further words for classes, `{"tv": ["television", "screen"]}`; or `True` if a name with commas
                 or semicolons is a list of synonyms, "television, tv". A class's logit for a mask is that of its best
                 word. By default a name is put into the prompts as it is, as in SAN's published results.
+            average_synonyms: a class's embedding is the mean of its words' instead.
             expand: more class names, for pixels that are none of the caller's classes: "coco" (COCO-Stuff's 171
-                classes), "coco-stuff" (its 91 stuff classes) or a list. Those that are not among the names already
-                become one last label, "other".
+                classes), "coco-stuff" (its 91 stuff classes), or a list, a file or a benchmark's name, as for
+                `class_names`: a background of one's own is ["wall", "floor"]. Those that are not among the names
+                already become one last label, "other".
             templates: prompt templates: "vild", "imagenet" or a list; the processor's by default.
-            threshold: pixels whose highest score (0 to about 1) is lower become "other", too.
             autocast: gives a context manager to run the text tower in.
+            **options: `threshold`, `other` and `colors`, see [`Vocabulary.with_options`].
 
         Raises:
-            ValueError: names that are no vocabulary (none, blank, repeated, without a word), an unknown expansion, or
-                a threshold that is not a number.
+            ValueError: names that are no vocabulary (none, blank, repeated, without a word), an unknown expansion, a
+                threshold that is not a number of 0..1, a colour that is none, or options without what they are for.
         """
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"Got threshold={threshold}, expected a score between 0 and 1.")
+        threshold, other, colors = (options.pop(name, None) for name in LABEL_OPTIONS)
+        if options:
+            raise TypeError(f"Vocabulary.encode has no option {min(options)!r}.")
+        _check_threshold(threshold)
+        if average_synonyms and not synonyms:
+            raise ValueError("Got average_synonyms without synonyms, expected both or neither.")
+        colors = _parse_colors(colors)
         has_other = expand is not None or threshold is not None
         names = read_class_names(class_names)
-        if has_other and any(clean_text(name) == OTHER for name in names):
-            raise ValueError(
-                f"Got a class of the name {OTHER!r}, which is what the expansion or the threshold calls all that is "
-                "none of the classes: leave it out, or give it another name."
-            )
+        label_names = _label_names(names, has_other, other)
+        pairs = split_templates(processor.prompt_templates if templates is None else templates)
         words = _words_of_classes(names, synonyms)
         unique = list(dict.fromkeys(word for group in words for word in group)) if synonyms else names
         every_word = unique
         if expand is not None:
-            if isinstance(expand, str) and expand not in EXPANSIONS:
-                raise ValueError(f"Can't expand by {expand!r}; there are {list(EXPANSIONS)}, or give a list of names.")
-            more = load_vocabulary(EXPANSIONS[expand]) if isinstance(expand, str) else expand
-            every_word = processor.expand(unique, more)
+            every_word = processor.expand(unique, read_expansion(expand))
         tokens = processor(text=every_word, prompt_templates=templates).to(model.device)
         with torch.inference_mode(), autocast():
             class_embeds = model.get_class_embeds(**tokens)
 
         class_of_row = None
+        groups = [[row] for row in range(len(every_word))]
         if synonyms:
             # Two classes may share a word, which is encoded once.
             row_of = {word: row for row, word in enumerate(unique)}
@@ -125,14 +138,21 @@ class Vocabulary:
             groups += [[row] for row in range(len(unique), len(every_word))]
             class_of_row = tuple(index for index, group in enumerate(groups) for _ in group)
             class_embeds = class_embeds[[row for group in groups for row in group]]
+        if average_synonyms:
+            by_class = class_embeds.float().split([len(group) for group in groups])
+            means = torch.stack([rows.mean(0) for rows in by_class])
+            class_embeds, class_of_row = F.normalize(means, dim=-1).to(class_embeds.dtype), None
         return cls(
-            class_names=(*names, OTHER) if has_other else tuple(names),
+            class_names=label_names,
             class_embeds=class_embeds,
             num_labels=len(names),
             class_of_row=class_of_row,
             has_other=has_other,
             threshold=threshold,
             text_digest=text_tower_digest(model),
+            words=tuple(tuple(every_word[row] for row in group) for group in groups),
+            templates=tuple("{}".join(pair) for pair in pairs),
+            colors=colors,
         )
 
     @classmethod
@@ -148,6 +168,40 @@ class Vocabulary:
         id2label: Mapping = model.config.id2label or {}
         names = tuple(id2label[label] for label in range(model.config.vocabulary_size))
         return cls(names, model.class_embeds, len(names), text_digest=text_tower_digest(model))
+
+    def with_options(
+        self,
+        *,
+        threshold: float | None = None,
+        other: str | None = None,
+        colors: Mapping[str, Color] | None = None,
+    ) -> "Vocabulary":
+        """
+        The same with options that need no text tower. What isn't given stays.
+
+        Args:
+            threshold: pixels whose confidence, 0..1, is lower become "other", the last label, which the first
+                threshold adds: see [`Predictor.classify_pixels`].
+            other: what to call the last label, that of the expansion and the threshold, such as "background". It is no
+                class that is looked for; those among the class names are, whatever their name.
+            colors: colours by class name, in addition: see [`san_hf.colors.name_colors`].
+
+        Raises:
+            ValueError: a threshold that is no number of 0..1, a name for a label that isn't there or that is a
+                class's, or a colour that is none.
+        """
+        _check_threshold(threshold)
+        threshold = self.threshold if threshold is None else threshold
+        has_other = self.has_other or threshold is not None
+        names = self.class_names[: self.num_labels]
+        called = self.class_names[-1] if self.has_other and other is None else other
+        return replace(
+            self,
+            class_names=_label_names(names, has_other, called),
+            has_other=has_other,
+            threshold=threshold,
+            colors={**self.colors, **_parse_colors(colors)},
+        )
 
     def to(self, device: str | torch.device) -> "Vocabulary":
         """The same on another device."""
@@ -172,21 +226,32 @@ class Vocabulary:
 
     def save(self, path: str | os.PathLike) -> None:
         """
-        Writes one safetensors file, which [`Vocabulary.load`] reads.
+        Writes one safetensors file, which [`Vocabulary.load`] reads, and all that takes class names by a file.
+
+        Args:
+            path: the file; its name ends in ".safetensors".
 
         Raises:
+            ValueError: another ending.
             OSError: it can't be written.
         """
-        facts = {
+        if not is_vocabulary_file(path):
+            raise ValueError(f"Got the file '{os.fspath(path)}', expected a name that ends in {FILE_ENDING}.")
+        write_vocabulary(path, self.facts(), self.class_embeds)
+
+    def facts(self) -> dict[str, Any]:
+        """All but the embeddings, as JSON has it."""
+        return {
             "class_names": self.class_names,
             "num_labels": self.num_labels,
             "class_of_row": self.class_of_row,
             "has_other": self.has_other,
             "threshold": self.threshold,
             "text_digest": self.text_digest,
+            "words": self.words,
+            "templates": self.templates,
+            "colors": dict(self.colors),
         }
-        metadata = {"format": FILE_FORMAT, "vocabulary": json_text(facts)}
-        write_file(path, save({"class_embeds": self.class_embeds.cpu().contiguous()}, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: SANForSemanticSegmentation) -> "Vocabulary":
@@ -200,30 +265,49 @@ class Vocabulary:
         Raises:
             VocabularyError: no such file, or another kind of file; or embeddings of another text tower.
         """
-        if not Path(path).is_file():
-            raise VocabularyError(f"There is no vocabulary '{path}'.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FILE_FORMAT:
-                    raise VocabularyError(
-                        f"'{path}' is no vocabulary that this version reads: its format is "
-                        f"{metadata.get('format')!r}, expected {FILE_FORMAT!r}. Vocabulary.save writes it."
-                    )
-                facts = parse_json(metadata["vocabulary"], f"'{path}'")
-                facts["class_names"] = tuple(check_class_names(facts["class_names"], "class_names"))
-                facts["class_of_row"] = facts["class_of_row"] and tuple(facts["class_of_row"])
-                vocabulary = cls(class_embeds=file.get_tensor("class_embeds"), **facts)
-        except VocabularyError:
-            raise
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise VocabularyError(f"'{path}' can't be read as a vocabulary: {one_line(error)}.") from error
-        if vocabulary.text_digest != (expected := text_tower_digest(model)):
+        path = expand_path(path)
+        facts, class_embeds = read_vocabulary(path)
+        vocabulary = cls(class_embeds=class_embeds, **facts)
+        vocabulary.check_model(model, f"in '{path}'")
+        return vocabulary.to(model.device)
+
+    def check_model(self, model: SANForSemanticSegmentation, where: str = "of this vocabulary") -> None:
+        """
+        Args:
+            model: whose text tower must have computed the embeddings.
+            where: whose embeddings they are, for the message.
+
+        Raises:
+            VocabularyError: another one did.
+        """
+        if self.text_digest and self.text_digest != (expected := text_tower_digest(model)):
             raise VocabularyError(
-                f"The embeddings in '{path}' are of another text tower ({vocabulary.text_digest[:12]}) than this "
+                f"The embeddings {where} are of another text tower ({self.text_digest[:12]}) than this "
                 f"model's ({expected[:12]}), so they mean nothing to it. Encode the class names with this model."
             )
-        return vocabulary.to(model.device)
+
+
+def read_expansion(source: str | os.PathLike | Sequence[str]) -> list[str]:
+    """
+    Class names to expand a vocabulary by, see [`Vocabulary.encode`].
+
+    Raises:
+        ValueError: an unknown name, a file that can't be read, or names that are no vocabulary.
+    """
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        if name in EXPANSIONS:
+            return load_vocabulary(EXPANSIONS[name])
+        if not is_class_list(name):
+            raise ValueError(
+                f"Can't expand by {name!r:.80}; there are {list(EXPANSIONS)}, or give a list of names, a file of them "
+                "or a benchmark's name."
+            )
+    return read_class_names(source)
+
+
+# What may be given as class names.
+ClassNames = str | os.PathLike | Sequence[str] | Mapping | Vocabulary
 
 
 def split_synonyms(name: str) -> list[str]:
@@ -243,6 +327,34 @@ def text_tower_digest(model: SANForSemanticSegmentation) -> str:
             digest.update(f"{name} {tuple(values.shape)} ".encode())
             digest.update(values.view(torch.int16).numpy().data)
     return digest.hexdigest()
+
+
+def _check_threshold(threshold: float | None) -> None:
+    if threshold is not None and not (
+        isinstance(threshold, Real) and not isinstance(threshold, bool) and 0 <= threshold <= 1
+    ):
+        raise ValueError(f"Got threshold={threshold!r:.80}, expected a confidence between 0 and 1.")
+
+
+def _parse_colors(colors: Mapping[str, Color] | None) -> dict[str, tuple[int, int, int]]:
+    return {name: parse_color(color, name) for name, color in (colors or {}).items()}
+
+
+def _label_names(names: Sequence[str], has_other: bool, other: str | None) -> tuple[str, ...]:
+    """The names of the labels, with that of the last one if there is an "other"."""
+    if not has_other:
+        if other is not None:
+            raise ValueError(
+                f"Got other={other!r:.80} without an expansion or a threshold, by which pixels would get that label."
+            )
+        return tuple(names)
+    (called,) = check_class_names([OTHER if other is None else other], "other")
+    if any(clean_text(name) == clean_text(called) for name in names):
+        raise ValueError(
+            f"Got a class of the name {called!r:.80}, which is what the expansion or the threshold calls all that is "
+            "none of the classes: leave it out, give it another name, or call that label otherwise by `other`."
+        )
+    return (*names, called)
 
 
 def _words_of_classes(class_names: list[str], synonyms: bool | Mapping[str, Sequence[str]]) -> list[list[str]]:

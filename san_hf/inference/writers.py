@@ -33,6 +33,15 @@ def write_labels(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[st
     Image.fromarray(segmentation.label_map).save(file, format="png")
 
 
+def write_confidence(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """PNG: the confidence of each pixel, 16-bit grey, 65,535 for 1."""
+    from PIL import Image
+
+    if segmentation.confidence is None:
+        raise ValueError("This segmentation has no confidence to write: ask for it by Segmenter(..., confidence=True).")
+    Image.fromarray((segmentation.confidence * 65535.0).round().astype("uint16")).save(file, format="png")
+
+
 def write_legend(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
     """JSON: the facts, the image's size, and every class with its label, share of pixels and colour."""
     size = {"width": segmentation.image.width, "height": segmentation.image.height}
@@ -46,6 +55,7 @@ WRITERS: dict[str, dict[str, Writer]] = {
     "mask": {".mask.png": write_mask},
     "json": {".json": write_legend},
     "png-labels": {".labels.png": write_labels, ".json": write_legend},
+    "confidence": {".confidence.png": write_confidence},
 }
 FORMATS = tuple(WRITERS)
 

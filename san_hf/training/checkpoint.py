@@ -4,11 +4,14 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from san_hf.files import json_text, remove_folder, write_file
 from san_hf.json_files import read_json
 from san_hf.messages import one_line
+from san_hf.modeling.base_clip_san import clip_name
 
 from .errors import CheckpointError
 from .processes import new_shared_folder
@@ -65,15 +68,31 @@ def read_checkpoint(checkpoint: Path) -> dict[str, Any]:
     return progress
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+def leave_out_clip(accelerator: Accelerator) -> None:
+    """Has checkpoints hold no frozen tensors of CLIP. Engines that spread a model write theirs whole."""
+
+    def drop_clip(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        for state_dict in weights:
+            for name in [name for name in state_dict if clip_name(name.removeprefix("module.")) is not None]:
+                del state_dict[name]
+
+    accelerator.register_save_state_pre_hook(drop_clip)
+
+
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, *, has_clip: bool = True) -> None:
     """
     Loads the states into what the accelerator has prepared. Called by every process, after [`read_checkpoint`].
+
+    Args:
+        accelerator: see there.
+        checkpoint: its folder.
+        has_clip: whether it was written without [`leave_out_clip`].
 
     Raises:
         CheckpointError: they don't fit.
     """
     try:
-        accelerator.load_state(str(checkpoint))
+        accelerator.load_state(str(checkpoint), **({} if has_clip else {"strict": False}))
     # A state of other software or another number of processes makes torch fail in ways of its own.
     except Exception as error:
         reason = "torch can't read it" if "weights_only" in str(error) else one_line(error)

@@ -19,6 +19,7 @@ class SegmentationCollator:
     """
 
     def __init__(self, processor: SANProcessor | SANImageProcessor, ignore_index: int = 255):
+        self.processor = processor if isinstance(processor, SANProcessor) else None
         self.image_processor: Any = getattr(processor, "image_processor", processor)
         self.ignore_index = ignore_index
 

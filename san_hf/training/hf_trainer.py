@@ -1,17 +1,28 @@
 """Data sets and metrics for transformers' `Trainer`, as `scripts/train_with_trainer.py` uses them."""
 
+import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
+from san_hf.cards import render_card
 from san_hf.data import DataError, SegmentationDataset
 from san_hf.evaluation.metrics import ConfusionMatrixMetrics
+from san_hf.evaluation.published import SOURCES
+from san_hf.files import write_file
+from san_hf.hub import push_folder
+from san_hf.messages import escape_markdown, join_some
 from san_hf.modeling import SANForSemanticSegmentationOutput, SANProcessor
+from san_hf.modeling.card_san import CARD_FILE, describe_contents
 from san_hf.training.augmentation import TrainingTransform
+from san_hf.training.run_card import CLASSES_LISTED, is_on_the_hub, name_in_text
 from san_hf.training.sharding import check_engine, give_temperature_a_dimension
 from san_hf.training.stream import AugmentedSamples, SampleStream
 
@@ -187,12 +198,15 @@ class SANTrainer(Trainer):
       them show (see [`~SANForSemanticSegmentation.count_targets`]);
     - CLIP's temperature has a dimension where FSDP or DeepSpeed spreads the model, and none in what is saved;
     - `remove_unused_columns` is off, as the collator needs columns that the model doesn't have;
-    - with [`TrainerMetrics`] as `compute_metrics`, its [`~TrainerMetrics.label_maps`] and `batch_eval_metrics` are set.
+    - with [`TrainerMetrics`] as `compute_metrics`, its [`~TrainerMetrics.label_maps`] and `batch_eval_metrics` are set;
+    - what it saves has the collator's processor, and what it pushes with `push_to_hub=True` is complete: weights, code,
+      processor and a card that says what was trained and measured, in one commit. `Trainer` itself would also upload
+      its arguments, with paths of this machine.
 
     Args:
         model: a SAN, perhaps in PEFT's.
         args: of which those above are changed.
-        data_collator, *args, **kwargs: of `Trainer`.
+        data_collator, **kwargs: of `Trainer`. `processing_class` is by default the collator's processor.
 
     Raises:
         ValueError: label smoothing, GPUs that share a process, parts that don't agree on the label of unlabelled
@@ -224,6 +238,14 @@ class SANTrainer(Trainer):
             # Images of several processes differ in size.
             args.eval_use_gather_object = args.eval_use_gather_object or args.world_size > 1
             kwargs.setdefault("preprocess_logits_for_metrics", metrics.label_maps)
+        if args.push_to_hub and args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy is '{HubStrategy(args.hub_strategy).value}', which would upload the optimiser's state "
+                "with paths of this machine: choose 'every_save' or 'end'."
+            )
+        if kwargs.get("processing_class") is None:
+            metrics_processor = getattr(kwargs.get("compute_metrics"), "processor", None)
+            kwargs["processing_class"] = getattr(data_collator, "processor", None) or metrics_processor
         super().__init__(model, args, data_collator, **kwargs)
         check_same_ignore_index(self)
         check_engine(self.accelerator)
@@ -240,6 +262,114 @@ class SANTrainer(Trainer):
             counts = self.accelerator.reduce(counts.to(device), "sum")
             batches = [{**batch, "target_counts": counts} for batch in batches]
         return batches, num_items
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the card of the model in `output_dir`: what was trained on, how, and what was measured of it."""
+        if self.is_world_process_zero():
+            self._write_card(self._output, self.hub_model_id, kwargs)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Saves the model in `output_dir`, complete, and uploads it in one commit.
+
+        Args:
+            commit_message: of the commit.
+            blocking: must be True: nothing changes the files while they are sent.
+            token, revision, private: as `Trainer` has them.
+            **kwargs: `license`, `dataset` (names on the Hub) and `model_name`, for the card.
+
+        Returns:
+            The commit; None in all processes but the first.
+
+        Raises:
+            san_hf.hub.PushError, ValueError: see [`san_hf.hub.push_folder`].
+        """
+        if not blocking:
+            raise ValueError("blocking is False, but the model's files must not change while they are sent: leave it.")
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._write_card(self._output, self.hub_model_id or self.args.hub_model_id, kwargs)
+        return self._push(self._output, commit_message, token, revision, private)
+
+    @property
+    def _output(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Uploads the model of a checkpoint: what `Trainer` does after each save, with `hub_strategy` "every_save"."""
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder = Path(checkpoint_folder)
+        self._write_card(folder, self.hub_model_id, {})
+        self._push(folder, f"Training in progress, step {self.state.global_step}", None, None, None)
+
+    def _push(
+        self, folder: Path, message: str | None, token: str | None, revision: str | None, private: bool | None
+    ) -> CommitInfo:
+        return push_folder(
+            folder,
+            self.hub_model_id or self.args.hub_model_id or self._output.resolve().name,
+            private=self.args.hub_private_repo if private is None else private,
+            token=self.args.hub_token if token is None else token,
+            revision=self.args.hub_revision if revision is None else revision,
+            commit_message=message,
+        )
+
+    def _write_card(self, folder: Path, name: str | None, options: dict[str, Any]) -> None:
+        name = name or folder.resolve().name
+        model: Any = self.accelerator.unwrap_model(self.model)
+        # After a training with load_best_model_at_end, the model is that of another step than the last.
+        best = self.state.best_global_step if self.args.load_best_model_at_end and folder == self._output else None
+        options = {"model_name": name.split("/")[-1], "step": best or self.state.global_step} | options
+        card = render_card(self._card_facts(model, options), name)
+        write_file(folder / CARD_FILE, str(card))
+
+    def _card_facts(self, model: Any, options: dict[str, Any]) -> dict[str, Any]:
+        """Facts for the card, see [`san_hf.cards.render_card`], as far as `Trainer` knows them."""
+        names = [model.config.id2label[label] for label in range(model.config.vocabulary_size or 0)]
+        start = str(getattr(model, "name_or_path", "") or "")
+        training = (
+            f"Trained by transformers' Trainer for {options['step']} of {self.state.max_steps} steps of "
+            f"{self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size} images"
+            + (f", from {name_in_text(start)}" if start else "")
+            + f", at a learning rate of {self.args.learning_rate:g} at the start. CLIP was "
+            f"{'frozen' if model.config.freeze_clip else 'trained, too'}. Seed {self.args.seed}."
+        )
+        datasets = options.get("dataset") or []
+        facts: dict[str, Any] = {
+            "title": options["model_name"],
+            "license": options.get("license"),
+            "training": training,
+            "contents": describe_contents(model.config, adapter_only=False),
+            "datasets": [datasets] if isinstance(datasets, str) else datasets or None,
+            "base_model": start if is_on_the_hub(start) else None,
+            "base_model_relation": "finetune" if is_on_the_hub(start) else None,
+        }
+        if names:
+            listed = join_some(map(escape_markdown, names), CLASSES_LISTED)
+            facts |= {"data": f"The model carries {len(names)} classes: {listed}.", "sample_classes": names[:3]}
+        logged = [log for log in self.state.log_history if log["step"] == options["step"] and "eval_mIoU" in log]
+        if logged and isinstance(self.eval_dataset, EvaluationExamples):
+            data = self.eval_dataset.data
+            row: dict[str, Any] = {"dataset": f"{data.name} {data.split}", "images": len(data)}
+            known = ((title, logged[-1].get(f"eval_{metric}", math.nan)) for metric, (title, _) in SOURCES.items())
+            facts["results"] = [row | {title: round(value, 2) for title, value in known if not math.isnan(value)}]
+            facts["results_note"] = (
+                "In percent, of this training's own evaluation, at the size at which the model sees the images; "
+                "published results compare them at the images' own size."
+            )
+        return facts
 
 
 def _engine_asked_for(args: TrainingArguments) -> str | None:

@@ -7,7 +7,9 @@ from san_hf.data import SegmentationDataset
 from san_hf.hub import load_model
 from san_hf.hub.load import check_name
 from san_hf.loading import ModelError, check_tokenizer
+from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+from san_hf.modeling.card_san import is_hub_id
 from san_hf.paths import expand_path
 
 from .config import ConfigError, ModelSection
@@ -71,6 +73,27 @@ def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANFo
         model.logit_scale.requires_grad_(False)
     set_vocabulary(model, processor, data.class_names)
     return model, processor
+
+
+def check_base(model: SANForSemanticSegmentation, section: ModelSection, repository: str | None) -> None:
+    """
+    Before a training whose models are to be saved without their CLIP, and perhaps pushed to a repository.
+
+    Raises:
+        ConfigError: the CLIP under the model isn't known, can't be loaded or is another one, or is a folder of this
+            machine while the models are to be pushed.
+    """
+    try:
+        model.set_base_model(None if section.base is None else expand_path(section.base))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"checkpoints.adapter_only is not possible: {one_line(error)} (model.base)") from error
+    base = model.config.base_model_name_or_path
+    if repository is not None and not is_hub_id(base):
+        raise ConfigError(
+            f"hub.repo and checkpoints.adapter_only: the CLIP under the model is '{base}', a folder of this machine, "
+            "that nobody else can load. Name the same one on the Hub, model.base=owner/name, or push the whole model "
+            "(checkpoints.adapter_only=false)."
+        )
 
 
 def set_vocabulary(model: SANForSemanticSegmentation, processor: SANProcessor, class_names: list[str]) -> None:

@@ -1,7 +1,6 @@
 """One training run: its folder, its parts, and all that happens between the steps."""
 
 import math
-import os
 import sys
 import time
 import uuid
@@ -18,26 +17,26 @@ from san_hf.data.fingerprint import Fingerprint
 from san_hf.evaluation.evaluator import Evaluation, evaluate
 from san_hf.evaluation.pictures import draw_kept
 from san_hf.files import new_file
-from san_hf.hub import push_to_hub, save_pretrained
-from san_hf.hub.push import name_for_others
+from san_hf.hub import push_folder, save_pretrained
+from san_hf.hub.push import RUN_PICTURE, name_for_others
 from san_hf.inference import Vocabulary
 from san_hf.launcher import end_with_launcher
-from san_hf.messages import escape_markdown, one_line
+from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation
-from san_hf.paths import expand_path
 
 from .augmentation import TrainingTransform
-from .checkpoint import list_checkpoints, load_checkpoint, note_evaluation, save_checkpoint
+from .checkpoint import leave_out_clip, list_checkpoints, load_checkpoint, note_evaluation, save_checkpoint
 from .collator import SegmentationCollator
 from .config import ConfigError, TrainingConfig
 from .data import load_training_data
 from .errors import TrainingError
 from .folder import RunFolder
-from .model import build_model, check_start, set_vocabulary, trains_text
+from .model import build_model, check_base, check_start, set_vocabulary, trains_text
 from .optimization import parameter_groups, polynomial_schedule
 from .processes import check_launch, check_shared, new_shared_folder, on_main_process, warn_of_threads
+from .run_card import card_facts, measured
 from .run_log import RunLog, check_trackers
-from .sharding import check_engine, keep_loading_whole, prepare_for_engine, whole_model
+from .sharding import check_engine, is_spread, keep_loading_whole, prepare_for_engine, whole_model
 from .stream import SampleStream, build_loader
 
 
@@ -80,6 +79,9 @@ class Run:
         check_start(config.model)
         self.data, self.validation = load_training_data(config.data, config.seed)
         model, self.processor = build_model(config.model, self.data)
+        if config.checkpoints.adapter_only:
+            check_base(model, config.model, config.hub.repo)
+            leave_out_clip(self.accelerator)
         if config.training.gradient_checkpointing:
             # The older name goes once setup.py asks for a transformers that has the newer one.
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -117,7 +119,8 @@ class Run:
         else:
             self.progress = progress
             on_main_process(self.accelerator, self._check_data)
-            load_checkpoint(self.accelerator, list_checkpoints(self.output)[-1])
+            has_clip = is_spread(self.accelerator) or not config.checkpoints.adapter_only
+            load_checkpoint(self.accelerator, list_checkpoints(self.output)[-1], has_clip=has_clip)
         self.progress["config"] = config.model_dump()
         self.saved = self.step
         self._lost_steps = on_main_process(self.accelerator, lambda: folder.begin(progress))
@@ -209,14 +212,15 @@ class Run:
         # There is none where nothing has a label.
         is_best = not math.isnan(miou) and (best is None or miou > best["mIoU"])
         self.progress["evaluated"] = self.step
+        self.progress["results"] = measured(config, validation, results.metrics, results.num_images)
         if is_best:
             self.progress["best"] = {"step": self.step, "mIoU": miou}
             if self.trains_text:
                 set_vocabulary(model, self.processor, self.data.class_names)
-            self._save_model(self.output / "best", model, self._card_facts(validation, results.metrics))
+            self._save_model(self.output / "best", model, self._card_facts(model))
         log.evaluation(self.step, results.metrics, time.perf_counter() - started, is_best)
         if drawn:
-            on_main_process(self.accelerator, lambda: self._draw(results, drawn, validation, log))
+            on_main_process(self.accelerator, lambda: self._draw(results, drawn, validation, log, is_best))
         # Everything that tells of it is written: a resumed run makes no second one.
         log.flush()
         on_main_process(self.accelerator, lambda: note_evaluation(list_checkpoints(self.output)[-1], self.progress))
@@ -226,14 +230,12 @@ class Run:
         model = whole_model(self.accelerator, self.model)
         if self.trains_text:
             set_vocabulary(model, self.processor, self.data.class_names)
-        facts = self._card_facts(self.data, None)
         folder, repository = self.output / "final", self.config.hub.repo
-        self._save_model(folder, model, facts)
+        self._save_model(folder, model, self._card_facts(model))
         log.say(f"Wrote {folder}.")
         log.say(self._describe_best())
         if repository is not None:
-            on_main_process(self.accelerator, lambda: self._push(repository, folder, model, facts))
-            log.say(f"Pushed to {repository}.")
+            log.say(f"Pushed to {on_main_process(self.accelerator, lambda: self._push(repository))}.")
         return folder
 
     def _start_accelerator(self) -> Accelerator:
@@ -332,14 +334,17 @@ class Run:
         count = min(self.config.evaluation.pictures, total)
         return [number * total // count for number in range(count)]
 
-    def _draw(self, results: Evaluation, drawn: list[int], validation: SegmentationDataset, log: RunLog) -> None:
+    def _draw(
+        self, results: Evaluation, drawn: list[int], validation: SegmentationDataset, log: RunLog, best: bool
+    ) -> None:
         titles = {index: results.examples[index].name for index in drawn}
         columns = {f"step {self.step}": results.examples}
         picture = draw_kept(columns, titles, validation.class_names, validation.ignore_index)
         folder = self.output / "pictures"
         folder.mkdir(exist_ok=True)
-        with new_file(folder / f"step-{self.step:08d}.png") as file:
-            picture.save(file, format="png")
+        for path in (folder / f"step-{self.step:08d}.png", *([self.output / RUN_PICTURE] if best else [])):
+            with new_file(path) as file:
+                picture.save(file, format="png")
         log.picture(self.step, picture)
 
     def _save_model(self, folder: Path, model: SANForSemanticSegmentation, facts: dict[str, Any]) -> None:
@@ -348,7 +353,10 @@ class Run:
             with new_shared_folder(self.accelerator, folder) as temporary:
                 if self.accelerator.is_main_process:
                     name = name_for_others(folder)
-                    save_pretrained(model, self.processor, temporary, facts=facts, model_id=name)
+                    adapter_only = self.config.checkpoints.adapter_only
+                    save_pretrained(
+                        model, self.processor, temporary, facts=facts, model_id=name, adapter_only=adapter_only
+                    )
         # A full disk has many names, see save_checkpoint.
         except Exception as error:
             raise TrainingError(
@@ -356,39 +364,20 @@ class Run:
                 "continue with --resume."
             ) from error
 
-    def _push(self, repository: str, folder: Path, model: SANForSemanticSegmentation, facts: dict[str, Any]) -> None:
+    def _push(self, repository: str) -> str:
+        """Pushes what `san-hf push` does; returns its address."""
+        hub = self.config.hub
+        picture = self.output / RUN_PICTURE if hub.picture and (self.output / RUN_PICTURE).is_file() else None
         try:
-            push_to_hub(model, self.processor, repository, facts=facts, private=self.config.hub.private)
+            commit = push_folder(self.output, repository, private=hub.private, picture=picture)
         except Exception as error:  # networks fail in many ways
             raise TrainingError(
-                f"The model could not be pushed to '{repository}': {one_line(error)}. It is complete in '{folder}': "
-                f"hf upload {repository} {folder}"
+                f"{one_line(error)}. The model is complete in '{self.output}': san-hf push {self.output} {repository}"
             ) from error
+        return commit.commit_url
 
-    def _card_facts(self, data: SegmentationDataset, metrics: dict[str, float] | None) -> dict[str, Any]:
-        """Facts for the card of a trained model."""
-        config = self.config
-        start, source = (
-            escape_markdown(Path(name).name if os.path.exists(expand_path(name)) else name)
-            for name in (config.model.checkpoint or config.model.clip or "", config.data.source)
-        )
-        training = (
-            f"Started from {start} and trained for {self.step} of {self.steps} steps of "
-            f"{config.training.batch_size} images on {source} ({escape_markdown(config.data.split)}), "
-            f"{len(data.class_names)} classes, with AdamW at a learning rate of {config.optimizer.learning_rate:g}. "
-            f"CLIP was {'frozen' if config.model.freeze_clip else 'trained, too'}. Crops of "
-            f"{config.augmentation.crop_size} pixels, seed {config.seed}."
-        )
-        facts: dict[str, Any] = {
-            "title": self.output.resolve().name,
-            "license": config.hub.license,
-            "training": training,
-            "sample_classes": data.class_names[:3],
-        }
-        if metrics is not None:
-            results = {name: round(metrics[name], 2) for name in ("mIoU", "fwIoU", "mACC", "pACC")}
-            facts["results"] = [{"dataset": f"{data.name} {data.split}", **results}]
-            facts["results_note"] = "In percent, of this run's own evaluation" + (
-                f" on {config.evaluation.limit} images." if config.evaluation.limit else "."
-            )
-        return facts
+    def _card_facts(self, model: SANForSemanticSegmentation) -> dict[str, Any]:
+        # Results of these very weights; checkpoints of earlier versions have none.
+        results = self.progress.get("results") if self.progress["evaluated"] == self.step else None
+        title = self.output.resolve().name
+        return card_facts(self.config, model.config, title, self.step, self.data, results)

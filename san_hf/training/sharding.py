@@ -54,6 +54,11 @@ def check_engine(accelerator: Accelerator) -> None:
         raise ConfigError("Megatron-LM was asked for, which has no SAN: choose DDP, FSDP or DeepSpeed instead.")
 
 
+def is_spread(accelerator: Accelerator) -> bool:
+    """Whether an engine spreads the model's weights over processes."""
+    return accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 def keep_loading_whole(accelerator: Accelerator) -> None:
     """
     Has every process load and build whole models, which the engine takes apart when it prepares them.

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from san_hf.cli import app, console
 from san_hf.cli.main import COMMANDS
-from san_hf.cli.options import Templates
+from san_hf.cli.vocabulary_options import templates_of_options
 from san_hf.modeling.prompts_san import PROMPT_TEMPLATES
 from san_hf.version import __version__
 
@@ -107,9 +107,16 @@ def test_completion_is_on():
     assert "--install-completion" in CliRunner().invoke(app, ["--help"], env={"COLUMNS": "120"}).output
 
 
-def test_templates_are_those_of_the_processor():
-    """Catches names of prompt templates that are stated in the command line only."""
-    assert [choice.value for choice in Templates] == list(PROMPT_TEMPLATES)
+def test_templates(tmp_path):
+    """Catches named templates that the command line doesn't know, and own ones that are lost or out of order."""
+    assert [templates_of_options([name]) for name in PROMPT_TEMPLATES] == list(PROMPT_TEMPLATES)
+    (tmp_path / "own.txt").write_text("art of a {}.\n\nthe {}\n")
+    given = ["a {}.", str(tmp_path / "own.txt"), "vild"]
+    assert templates_of_options(given) == ["a {}.", "art of a {}.", "the {}", *PROMPT_TEMPLATES["vild"]]
+    assert templates_of_options(None) is None
+    for wrong in ("vlid", "{} and {}"):
+        with pytest.raises((ValueError, console.typer.Exit)):
+            templates_of_options([wrong])
 
 
 def raise_(error: BaseException):

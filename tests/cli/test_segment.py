@@ -547,6 +547,38 @@ def test_threshold(run, photo):
     run("photo.png", "-o", "bad", "--threshold", "2", status=2)
 
 
+def test_a_vocabulary_file(run, photo):
+    """Catches a file that loses the templates, the threshold, the label's name or a colour, or that isn't refused."""
+    photo.save("photo.png")
+    wanted = ("photo.png", "-f", "mask", "-f", "json", "-f", "confidence")
+    own = ("--templates", "a drawing of a {}.", "--templates", "the {}", "--colors", "sky=lime", "--other", "rest")
+    options = ("--threshold", "0.2", "--expand", "sea, road", "--save-vocabulary", "v.safetensors")
+    run(*wanted, *own, *options, "-o", "first")
+    run(*wanted, "-o", "second", classes="v.safetensors")
+    assert names_in("second/photo.json") == [*CLASSES, "rest"]
+    assert list_files("first") == list_files("second") == ["photo.confidence.png", "photo.json", "photo.mask.png"]
+    for name in list_files("first"):
+        assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
+    assert "v.safetensors' exists already" in run(*wanted, *options, "-o", "third", status=2).output
+    again = run(*wanted, "--synonyms", "-o", "third", classes="v.safetensors", status=2)
+    assert "Only class names that are given" in again.output
+    Path("broken.safetensors").write_bytes(b"12345678")
+    assert "can't be read as a vocabulary" in run(*wanted, classes="broken.safetensors", status=2).output
+
+
+def test_synonyms(run, photo):
+    """Catches synonyms that don't reach the vocabulary, or are averaged unasked."""
+    photo.save("photo.png")
+    names, maps = '"cat, kitten", grass, sky', []
+    for number, options in enumerate(((), ("--synonyms",), ("--synonyms", "--average-synonyms"))):
+        file = f"{number}.safetensors"
+        run("photo.png", "-f", "json", "-o", number, "--save-vocabulary", file, *options, classes=names)
+        maps.append(load_file(file)["class_embeds"].shape[0])
+        assert names_in(f"{number}/photo.json")[0] == "cat, kitten"
+    assert maps == [3, 4, 3]
+    run("photo.png", "--average-synonyms", "-o", "x", status=2)
+
+
 def test_debug_shows_what_is_wrong_with_an_image(model_folder, tmp_path, monkeypatch):
     """Catches an image's error that stays one line although its stack trace was asked for."""
     monkeypatch.chdir(tmp_path)

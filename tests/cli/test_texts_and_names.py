@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from san_hf.cli import console, results
-from san_hf.cli.evaluate import check_folder, remove_drawings
+from san_hf.cli.evaluate_folders import check_folder, remove_drawings
 from san_hf.paths import paths_for
 from san_hf.progress import progress_bar
 

@@ -28,7 +28,7 @@ from san_hf.evaluation.evaluator import EvaluationError, draw_examples, evaluate
 from san_hf.evaluation.metrics import ConfusionMatrixMetrics
 from san_hf.evaluation.predictions import PredictionWriter, category_ids, encode_predictions, merge_predictions
 from san_hf.hub import from_pretrained
-from san_hf.inference import Predictor, Segmenter
+from san_hf.inference import Predictor, Segmenter, Vocabulary
 from san_hf.inference.predictor import AUGMENTATION_SCALES
 from san_hf.inference.vocabulary import split_synonyms
 from san_hf.locks import locked
@@ -121,6 +121,32 @@ def test_figures_are_those_of_the_label_maps(loaded, data, expected):
     assert by_hand.metrics["pACC"] > 50, "the checkpoint isn't at work"
     order = sorted(range(NUM_IMAGES), key=lambda index: scores[index])
     assert expected.worst == [(index, scores[index]) for index in order[:2]]
+
+
+def test_a_vocabulary_file(loaded, data, expected, command, folder, tmp_path):
+    """Catches a file whose embeddings aren't used, names in another order, and colours that get lost."""
+    vocabulary = Vocabulary.encode(*loaded, data.class_names, colors={data.class_names[0]: "lime"})
+    vocabulary.save(tmp_path / "names.safetensors")
+    got = evaluate(*loaded, data, vocabulary=tmp_path / "names.safetensors", workers=0, worst=2)
+    assert_same(got, expected)
+    assert got.colors == {data.class_names[0]: (0, 255, 0)}
+    turned = Vocabulary.encode(*loaded, data.class_names[::-1])
+    with pytest.raises(ValueError, match="expected the vocabulary of the data's class names, in their order"):
+        evaluate(*loaded, data, vocabulary=turned)
+    with pytest.raises(ValueError, match="Only class names that are given"):
+        evaluate(*loaded, data, vocabulary=vocabulary, synonyms=True)
+    lost = evaluate(*loaded, data, threshold=1.0, limit=2, workers=0)
+    assert lost.metrics["pACC"] < evaluate(*loaded, data, limit=2, workers=0).metrics["pACC"]
+
+    (tmp_path / "set").mkdir()
+    shutil.copytree(folder / "validation", tmp_path / "set" / "validation")
+    command(
+        *("--classes", tmp_path / "names.safetensors", "-o", tmp_path / "out", "--limit", 2, "--pictures", 1),
+        *("--colors", "sky=skyblue"),
+        dataset=tmp_path / "set",
+    )
+    (results,) = (tmp_path / "out").rglob("results.json")
+    assert json.loads(results.read_text())["settings"]["vocabulary"] == "names.safetensors"
 
 
 def test_training_goes_on(loaded, data, expected):

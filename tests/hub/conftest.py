@@ -42,6 +42,8 @@ def connect(monkeypatch, tmp_path):
         url_template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url_template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        # Transformers' own client keeps the address that it was made with.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
 
     return connect
 

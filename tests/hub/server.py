@@ -4,10 +4,15 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+
+
+# What goes by Git LFS.
+LARGE = (".safetensors", ".bin", ".pth")
 
 
 @dataclass
@@ -16,8 +21,25 @@ class Hub:
 
     repositories: dict[str, list[dict[str, bytes]]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    # Access tokens that may write; all may where there are none.
+    writers: set[str] = field(default_factory=set)
+    # Answers to requests whose "METHOD path" begins so, in turn, before the real ones: a status, or "drop" to close the
+    # connection in the middle of the request's body.
+    failures: dict[str, list[int | str]] = field(default_factory=dict)
+    # Large files by their SHA-256, whether or not a commit has them.
+    storage: dict[str, bytes] = field(default_factory=dict)
+    # Branches beside main: commits each, as in `repositories`.
+    branches: dict[tuple[str, str], list[dict[str, bytes]]] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
 
-    def commit(self, repository: str, files: dict[str, bytes], removed: set[str] = frozenset()) -> str:
+    def commit(
+        self, repository: str, files: dict[str, bytes], removed: set[str] = frozenset(), branch: str = "main"
+    ) -> str:
+        if branch != "main":
+            history = self.branches[repository, branch]
+            kept = {path: content for path, content in history[-1].items() if path not in removed}
+            history.append(kept | files)
+            return hashlib.sha1(f"{repository}/{branch}@{len(history)}".encode()).hexdigest()
         history = self.repositories.setdefault(repository, [])
         kept = {path: content for path, content in (history[-1] if history else {}).items() if path not in removed}
         history.append(kept | files)
@@ -31,6 +53,8 @@ class Hub:
         for index, files in enumerate(self.repositories[repository]):
             if revision == self.sha(repository, index):
                 return files
+        if (repository, revision) in self.branches:
+            return self.branches[repository, revision][-1]
         return self.repositories[repository][-1] if revision == "main" else None
 
     def downloads(self) -> list[str]:
@@ -76,10 +100,32 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self):
         path = unquote(urlsplit(self.path).path).strip("/")
-        self.hub.requests.append(f"{self.command} {path}")
+        request = f"{self.command} {path}"
+        self.hub.requests.append(request)
+        for start, answers in self.hub.failures.items():
+            if request.startswith(start) and answers and (answer := answers.pop(0)) is not None:
+                if answer == "drop":
+                    self.rfile.read(min(16, int(self.headers.get("Content-Length") or 0)))
+                    self.close_connection = True
+                    return self.connection.shutdown(socket.SHUT_RDWR)
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                return self.reply({"error": "as asked for"}, answer)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = self.read_chunks()
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if self.command in ("POST", "PUT") and not path.startswith("storage/"):
+            if self.hub.writers and token not in self.hub.writers:
+                return self.reply({"error": "Invalid username or password."}, 401)
         if path.startswith("api/"):
             self.api(path.removeprefix("api/"), body)
+        elif path.endswith(".git/info/lfs/objects/batch"):
+            self.lfs_batch(json.loads(body))
+        elif path.startswith("storage/"):
+            if hashlib.sha256(body).hexdigest() != path.removeprefix("storage/"):
+                return self.reply({"error": "incomplete"}, 400)
+            self.hub.storage[path.removeprefix("storage/")] = body
+            self.reply()
         elif "/resolve/" in path:
             repository, _, rest = path.removeprefix("datasets/").partition("/resolve/")
             revision, _, name = rest.partition("/")
@@ -87,7 +133,24 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.missing("EntryNotFound")
 
-    do_GET = do_HEAD = do_POST = handle_request
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+
+    def read_chunks(self) -> bytes:
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def lfs_batch(self, asked):
+        """Git LFS's batch interface: where to put what isn't there yet."""
+        objects = []
+        for entry in asked["objects"]:
+            href = f"http://{self.headers['Host']}/storage/{entry['oid']}"
+            there = entry["oid"] in self.hub.storage
+            objects.append(entry if there else entry | {"actions": {"upload": {"href": href}}})
+        self.reply({"transfer": "basic", "objects": objects})
 
     def resolve(self, repository, revision, name):
         if repository not in self.hub.repositories:
@@ -95,8 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.hub.find(repository, revision)
         if files is None:
             return self.missing("RevisionNotFound")
-        index = next(i for i, commit in enumerate(self.hub.repositories[repository]) if commit is files)
-        sha = self.hub.sha(repository, index)
+        commits = self.hub.repositories[repository]
+        index = next((i for i, commit in enumerate(commits) if commit is files), None)
+        sha = hashlib.sha1(revision.encode()).hexdigest() if index is None else self.hub.sha(repository, index)
         if name not in files:
             return self.reply(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
         content = files[name]
@@ -108,13 +172,21 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(content[start : end + 1], 206, **headers)
         self.reply(content, **headers)
 
+    def describe(self, path, content):
+        entry = {"type": "file", "path": path, "oid": hashlib.sha1(content).hexdigest(), "size": len(content)}
+        if path.endswith(LARGE):
+            entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+        return entry
+
     def api(self, path, body):
         parts = path.split("/")
         if path == "repos/create":
             asked = json.loads(body)
             repository = f"{asked.get('organization') or 'someone'}/{asked['name']}"
             status = 409 if repository in self.hub.repositories else 200
-            self.hub.repositories.setdefault(repository, [{}])
+            if repository not in self.hub.repositories:
+                self.hub.repositories[repository] = [{}]
+                self.hub.private[repository] = asked.get("private") or asked.get("visibility") == "private"
             return self.reply({"url": f"http://{self.headers['Host']}/{repository}", "name": repository}, status)
         if path == "validate-yaml":
             return self.reply({"errors": [], "warnings": []})
@@ -125,13 +197,23 @@ class _Handler(BaseHTTPRequestHandler):
             revision = parts[4] if len(parts) > 4 else "main"
             if repository not in self.hub.repositories:
                 return self.missing("RepoNotFound")
+            if action == ["branch"]:
+                new = (repository, revision)
+                status = 409 if new in self.hub.branches or revision == "main" else 200
+                self.hub.branches.setdefault(new, [self.hub.repositories[repository][-1]])
+                return self.reply({}, status)
             files = self.hub.find(repository, revision)
             if files is None:
                 return self.missing("RevisionNotFound")
             if action == ["preupload"]:
-                asked = json.loads(body)["files"]
+                modes = {True: "lfs", False: "regular"}
+                asked = [f["path"] for f in json.loads(body)["files"]]
                 return self.reply(
-                    {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in asked]}
+                    {
+                        "files": [
+                            {"path": p, "uploadMode": modes[p.endswith(LARGE)], "shouldIgnore": False} for p in asked
+                        ]
+                    }
                 )
             if action == ["commit"]:
                 lines = [json.loads(line) for line in body.splitlines()]
@@ -140,15 +222,20 @@ class _Handler(BaseHTTPRequestHandler):
                     for line in lines
                     if line["key"] == "file"
                 }
+                new |= {
+                    line["value"]["path"]: self.hub.storage[line["value"]["oid"]]
+                    for line in lines
+                    if line["key"] == "lfsFile"
+                }
                 removed = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
-                sha = self.hub.commit(repository, new, removed)
+                sha = self.hub.commit(repository, new, removed, revision)
                 url = f"http://{self.headers['Host']}/{repository}/commit/{sha}"
                 return self.reply({"success": True, "commitOid": sha, "commitUrl": url})
             if action == ["tree"]:
                 inside = {p: c for p, c in files.items() if p.startswith("/".join([*folder, ""]))}
                 if folder and not inside:
                     return self.missing("EntryNotFound")
-                entries = [{"type": "file", "path": p, "oid": "0" * 40, "size": len(c)} for p, c in inside.items()]
+                entries = [self.describe(path, content) for path, content in inside.items()]
                 if not folder:
                     tops = {path.partition("/")[0] for path in files if "/" in path}
                     entries += [{"type": "directory", "path": top, "oid": "0" * 40} for top in sorted(tops)]

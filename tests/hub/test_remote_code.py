@@ -54,6 +54,20 @@ with torch.no_grad():
     logits_once_more = once_more(**inputs).class_queries_logits
 segments = pipeline("image-segmentation", model=folder, **trust)(PIL.Image.fromarray(image))
 assert {segment["label"] for segment in segments} <= set(config.id2label.values())
+try:
+    pipeline("image-segmentation", model=folder, **trust)(PIL.Image.fromarray(image), candidate_labels=["sky"])
+except ValueError as error:
+    assert "open-vocabulary-segmentation" in str(error), error
+else:
+    raise AssertionError("Transformers' own pipeline dropped candidate_labels")
+segmenter = pipeline("open-vocabulary-segmentation", model=folder, **trust)
+images = [PIL.Image.fromarray(image), PIL.Image.fromarray(image[:, :60])]
+names = ["sky", "grass", "a cat"]
+segmented, _ = segmenter(images, candidate_labels=names, batch_size=2, return_label_map=True)
+segmenter.save_pretrained(again)
+once_more = pipeline("open-vocabulary-segmentation", model=again, **trust)
+(segmented_once_more,) = once_more(images[:1], candidate_labels=names, return_label_map=True)
+assert torch.equal(segmented["segmentation"], segmented_once_more["segmentation"])
 assert not {"san_hf", "modeling"} & set(sys.modules)
 assert sum(p.requires_grad for p in model.parameters()) < len(list(model.parameters()))
 save_file({
@@ -65,6 +79,7 @@ save_file({
     "loss": outputs.loss,
     "mask_embeds": base_outputs.mask_embeds,
     "labels": labels,
+    "labels.pipeline": segmented["segmentation"],
     "class_queries_logits.once_more": logits_once_more,
 }, output_file)
 """
@@ -119,6 +134,7 @@ def test_folder_loads_without_the_package(folder, tmp_path):
         torch.testing.assert_close(got[name], outputs[name], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got["class_queries_logits.once_more"], got["class_queries_logits"], rtol=1e-5, atol=1e-5)
     assert (got["labels"] == labels).float().mean() > 0.999
+    assert (got["labels.pipeline"] == labels).float().mean() > 0.999
     assert got["loss"].isfinite()
 
 
@@ -126,20 +142,31 @@ def test_folder_carries_its_code_and_nothing_else(folder):
     """A module that is forgotten, or one of the package's that has no business there."""
     code = {path.name for path in folder.glob("*.py")}
     assert code == {
+        "adapter_folder_san.py",
+        "adapters_san.py",
+        "base_clip_san.py",
+        "card_san.py",
         "clip_recognition_san.py",
+        "configuration_checks_san.py",
         "configuration_san.py",
         "image_input_san.py",
         "image_processing_san.py",
         "image_sizes_san.py",
         "loss_san.py",
         "modeling_san.py",
+        "outputs_san.py",
+        "pipeline_san.py",
         "post_processing_san.py",
         "processing_san.py",
         "prompts_san.py",
+        "push_san.py",
         "side_adapter_san.py",
         "text_san.py",
+        "upload_san.py",
     }
-    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+    config = json.loads((folder / "config.json").read_text())
+    assert {facts["impl"].split(".")[0] for facts in config["custom_pipelines"].values()} == {"pipeline_san"}
+    auto_map = config["auto_map"]
     assert {name: value.split(".")[0] for name, value in auto_map.items()} == {
         "AutoConfig": "configuration_san",
         "AutoModel": "modeling_san",

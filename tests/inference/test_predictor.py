@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from san_hf.images import ImageError
-from san_hf.inference import Predictor, Segmenter, Vocabulary
+from san_hf.inference import Predictor, Segmenter, Vocabulary, VocabularyError
 
 
 NAMES = ["cat", "grass", "sky", "red boat"]
@@ -90,7 +90,7 @@ def test_mirrored_views_are_turned_back(model, processor, vocabulary, images):
 
 
 def test_expansion_and_threshold(model, processor, predictor, images):
-    """Catches classes of the expansion that are no "other", and a threshold that isn't that of the scores."""
+    """Catches classes of the expansion that are no "other", and a threshold that isn't on the confidence's scale."""
     more = ["dog", "sea"]
     expanded = predictor.vocabulary(NAMES[:2], expand=NAMES[2:])
     (got,) = predictor([images[0]], expanded)
@@ -100,9 +100,9 @@ def test_expansion_and_threshold(model, processor, predictor, images):
     with torch.inference_mode():
         outputs = model(**processor(images=images[0], text=[*NAMES, *more]))
     (result,) = processor.post_process_semantic_segmentation(
-        outputs, target_sizes=[(images[0].height, images[0].width)], return_segmentation_scores=True
+        outputs, target_sizes=[(images[0].height, images[0].width)], return_confidence=True
     )
-    best = result.segmentation_scores.amax(0)
+    best = result.confidence
     (got,) = predictor([images[0]], vocabulary)
     sure = (best - 0.6).abs() > 1e-4
     assert ((got == 6) == (best < 0.6))[sure].all()
@@ -182,6 +182,42 @@ def test_segmenter_with_a_vocabulary(model, processor, images, tmp_path, passes)
     assert passes["prompts"] == prompts
     with pytest.raises(ValueError, match="Only class names that are given can be expanded"):
         Segmenter(model, processor, vocabulary, expand="coco")
+    by_file = Segmenter(model, processor, str(tmp_path / "names.safetensors"), threshold=0.5, other="rest")
+    assert by_file.class_names == [*NAMES, "rest"] and by_file.vocabulary.threshold == 0.5
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.text_projection.weight += 1
+    for refused in (vocabulary, tmp_path / "names.safetensors"):
+        with pytest.raises(VocabularyError, match="of another text tower"):
+            Segmenter(other, processor, refused)
+
+
+def test_colours_travel_with_a_vocabulary(model, processor, images, tmp_path):
+    """Catches colours of a vocabulary's file that don't reach the drawing, or that come before the caller's own."""
+    Vocabulary.encode(model, processor, NAMES, colors={"cat": "red", "sky": "blue"}).save(tmp_path / "v.safetensors")
+    colors = Segmenter(model, processor, tmp_path / "v.safetensors", colors={"sky": "lime"})(images[0]).colors
+    assert colors[[NAMES.index("cat"), NAMES.index("sky")]].tolist() == [[255, 0, 0], [0, 255, 0]]
+
+
+def test_confidence_of_a_segmentation(model, processor, images, tmp_path):
+    """Catches a confidence that isn't post-processing's, of another size, or that its file loses."""
+    segmenter = Segmenter(model, processor, NAMES, confidence=True)
+    for image, got in zip(images[1:3], segmenter(images[1:3])):
+        with torch.inference_mode():
+            outputs = model(**processor(images=image, text=NAMES))
+        (result,) = processor.post_process_semantic_segmentation(
+            outputs, target_sizes=[(image.height, image.width)], return_confidence=True
+        )
+        assert got.confidence.dtype == np.float32 and got.confidence.shape == got.label_map.shape
+        np.testing.assert_allclose(got.confidence, result.confidence, atol=1e-4)
+    assert got.save(tmp_path / "image")[-1].name == "image.confidence.png"
+    with Image.open(tmp_path / "image.confidence.png") as file:
+        np.testing.assert_allclose(np.asarray(file) / 65535, got.confidence, atol=1e-5)
+    without = Segmenter(model, processor, NAMES)(images[2])
+    assert without.confidence is None and without != got
+    assert len(without.save(tmp_path / "without")) == 4
+    with pytest.raises(ValueError, match="confidence=True"):
+        without.save(tmp_path / "without", ["confidence"])
 
 
 def test_images_that_cannot_be_read(model, processor, tmp_path):

@@ -1,14 +1,18 @@
 """Class names and their embeddings: order, synonyms, expansion, and the file that keeps them."""
 
 import copy
+import json
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from san_hf.data import DataError
+from san_hf.data.class_names import is_class_list, read_class_names
 from san_hf.inference import Vocabulary, VocabularyError
 from san_hf.inference.vocabulary import split_synonyms, text_tower_digest
 from san_hf.vocabularies import load_vocabulary
+from san_hf.vocabularies.files import write_vocabulary
 
 
 NAMES = ["sky", "red boat, striped boat", "grass"]
@@ -74,6 +78,13 @@ def test_synonyms_by_class(model, processor):
         (["they\u2019re", "they're"], {}, "which are one to the tokenizer"),
         (["cat"], {"expand": "everything"}, "Can't expand by 'everything'"),
         (["cat"], {"threshold": 1.5}, "threshold=1.5"),
+        (["cat"], {"threshold": float("nan")}, "threshold=nan"),
+        (["cat"], {"threshold": "0.5"}, "threshold='0.5'"),
+        (["cat"], {"average_synonyms": True}, "average_synonyms without synonyms"),
+        (["cat"], {"other": "background"}, "without an expansion or a threshold"),
+        (["cat"], {"other": "Cat", "threshold": 0.5}, "a class of the name 'Cat'"),
+        (["cat"], {"colors": {"cat": "no colour"}}, "as the colour of 'cat'"),
+        (["cat"], {"expand": "nowhere.txt"}, "'nowhere.txt' can't be read"),
     ],
 )
 def test_names_that_are_no_vocabulary(model, processor, names, options, message):
@@ -93,7 +104,8 @@ def test_expansion_and_threshold_have_an_other(model, processor):
 
 def test_kept_in_a_file(model, processor, tmp_path):
     """Catches a fact of the vocabulary that the file loses, and embeddings that change on the way."""
-    for options in ({}, {"synonyms": True, "expand": ["sea"], "threshold": 0.25}):
+    everything = {"synonyms": True, "expand": ["sea"], "threshold": 0.25, "other": "rest", "colors": {"sky": "skyblue"}}
+    for options in ({}, everything, everything | {"average_synonyms": True}):
         vocabulary = encode(model, processor, **options)
         vocabulary.save(tmp_path / "names.safetensors")
         loaded = Vocabulary.load(tmp_path / "names.safetensors", model)
@@ -103,6 +115,105 @@ def test_kept_in_a_file(model, processor, tmp_path):
         ]
         assert facts[0] == facts[1]
     assert [path.name for path in tmp_path.iterdir()] == ["names.safetensors"]
+
+
+def test_what_a_vocabulary_remembers(model, processor):
+    """Catches words of another class, templates other than those that were used, and colours that aren't parsed."""
+    vocabulary = encode(model, processor, synonyms=True, expand=["sea"], colors={"sky": "#87ceeb"})
+    assert vocabulary.words == (("sky",), ("red boat", "striped boat"), ("grass",), ("sea",))
+    assert vocabulary.templates == tuple(TEMPLATES)
+    assert vocabulary.colors == {"sky": (135, 206, 235)}
+    assert encode(model, processor).words == tuple((name,) for name in NAMES)
+
+
+def test_averaged_synonyms(model, processor):
+    """Catches a mean that mixes classes, isn't normalised, or still merges logits."""
+    best = encode(model, processor, synonyms=True, expand=["sea"])
+    mean = encode(model, processor, synonyms=True, average_synonyms=True, expand=["sea"])
+    assert mean.class_of_row is None and mean.words == best.words
+    expected = torch.stack([best.class_embeds[rows].mean(0) for rows in ([0], [1, 2], [3], [4])])
+    torch.testing.assert_close(mean.class_embeds, torch.nn.functional.normalize(expected, dim=-1))
+
+
+def test_options_without_the_text_tower(model, processor, passes):
+    """Catches a threshold, a name or a colour that is lost, replaces what was there before, or is encoded again."""
+    plain = encode(model, processor)
+    prompts = passes["prompts"]
+    with_threshold = plain.with_options(threshold=0.5, colors={"sky": "red"})
+    assert with_threshold.class_names == (*NAMES, "other") and with_threshold.num_labels == 3
+    named = with_threshold.with_options(other="background", colors={"grass": "green"})
+    assert named.class_names == (*NAMES, "background") and named.threshold == 0.5
+    assert named.colors == {"sky": (255, 0, 0), "grass": (0, 128, 0)}
+    assert named.with_options(threshold=0.2).class_names == named.class_names
+    assert passes["prompts"] == prompts
+    with pytest.raises(ValueError, match="without an expansion or a threshold"):
+        plain.with_options(other="background")
+
+
+def test_a_file_is_taken_for_class_names(model, processor, tmp_path):
+    """Catches a reader of class names that doesn't know the file, or takes "other" for a class."""
+    file = tmp_path / "names.safetensors"
+    encode(model, processor, expand=["sea"]).save(file)
+    assert is_class_list(str(file)) and read_class_names(file) == NAMES
+    assert encode(model, processor, str(file)).class_names == tuple(NAMES)
+    assert encode(model, processor, ["cat"], expand=file).words == (("cat",), *((name,) for name in NAMES))
+    with pytest.raises(DataError, match="There is no vocabulary"):
+        read_class_names(tmp_path / "nothing.safetensors")
+    with pytest.raises(ValueError, match="ends in .safetensors"):
+        encode(model, processor).save(tmp_path / "names.json")
+
+
+BROKEN = {
+    "class_names": [[], "abc", ["cat", "cat", "dog"], [1, 2, 3], ["cat"], None],
+    "num_labels": [0, 2, 4, -1, 3.0, True, None],
+    "has_other": [True, 0, None],
+    "class_of_row": [[0, 1], [0, 0, 1], [1, 2, 3], [0, 2, 3], [2, 1, 0], ["0", "1", "2"], [], 5],
+    "threshold": [0.5, 2, "0.5", True],
+    "text_digest": ["", "abc", None, 5],
+    "words": [[["cat"]], [["cat"], ["dog"], []], [["cat"], ["dog"], "bird"], 5],
+    "templates": [["no place"], "vild", [5], 5],
+    "colors": [{"sky": "nothing"}, ["sky"], {"sky": [1, 2]}],
+    "more": [1],
+}
+
+
+@pytest.mark.parametrize(("entry", "value"), [(entry, value) for entry, values in BROKEN.items() for value in values])
+def test_broken_entries_are_refused(model, processor, tmp_path, entry, value):
+    """Catches stack traces, and a file whose entries don't fit one another or its embeddings."""
+    vocabulary = encode(model, processor)
+    file = tmp_path / "names.safetensors"
+    write_vocabulary(file, vocabulary.facts() | {entry: value}, vocabulary.class_embeds)
+    with pytest.raises(VocabularyError, match=r"^'.*names.safetensors' can't be read as a vocabulary: .*\.$") as raised:
+        Vocabulary.load(file, model)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "embeds", [torch.zeros(3), torch.zeros(3, 0), torch.full((3, 4), torch.nan), torch.ones(3, 4, dtype=torch.int64)]
+)
+def test_broken_embeddings_are_refused(model, processor, tmp_path, embeds):
+    """Catches embeddings that make every pixel not a number."""
+    file = tmp_path / "names.safetensors"
+    write_vocabulary(file, encode(model, processor).facts(), embeds)
+    with pytest.raises(VocabularyError, match="its embeddings"):
+        Vocabulary.load(file, model)
+
+
+def test_a_file_of_any_size_is_not_read(model, tmp_path):
+    """Catches a checkpoint of many GB that is read before it is refused. The file takes no room on the disk."""
+    with open(tmp_path / "names.safetensors", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(VocabularyError, match="expected at most"):
+        Vocabulary.load(tmp_path / "names.safetensors", model)
+
+
+def test_files_of_the_first_format(model, processor, tmp_path):
+    """Catches a vocabulary that an earlier version wrote, without words, templates and colours, and that is refused."""
+    vocabulary = encode(model, processor)
+    facts = {name: value for name, value in vocabulary.facts().items() if name not in ("words", "templates", "colors")}
+    metadata = {"format": "san_hf.vocabulary.1", "vocabulary": json.dumps(facts)}
+    save_file({"class_embeds": vocabulary.class_embeds}, tmp_path / "names.safetensors", metadata)
+    assert Vocabulary.load(tmp_path / "names.safetensors", model).class_names == tuple(NAMES)
 
 
 def test_another_text_tower_is_refused(model, processor, tmp_path):

@@ -551,13 +551,69 @@ def test_expanded_vocabulary(num_labels):
     assert torch.equal(result.segmentation, labels)
 
 
+def confidence_of(scores: torch.Tensor) -> torch.Tensor:
+    """(H, W), by its definition, from the scores of all classes (C, H, W)."""
+    return scores.amax(0) / scores.sum(0).clamp(min=1)
+
+
+LOW, HIGH = -30.0, 30.0
+CONFIDENCES = {  # mask logits of each query, (of the class, of no object) of each query, number of classes, expected
+    "one query that is sure": ([HIGH], [(HIGH, 0.0)], 3, 1.0),
+    "no query": ([LOW] * 5, [(HIGH, 0.0)] * 5, 3, 0.0),
+    "no object": ([HIGH] * 5, [(0.0, HIGH)] * 5, 3, 0.0),
+    "half a mask": ([0.0], [(HIGH, 0.0)], 3, 0.5),
+    "many queries that agree": ([HIGH] * 100, [(HIGH, 0.0)] * 100, 3, 1.0),
+    "many queries that doubt": ([HIGH] * 100, [(0.0, LOW)] * 100, 4, 0.25),
+    "one class": ([HIGH], [(0.0, 0.0)], 1, 0.5),
+    "one class, many queries": ([HIGH] * 100, [(0.0, 0.0)] * 100, 1, 1.0),
+    "thousands of classes that are alike": ([HIGH] * 100, [(0.0, LOW)] * 100, 5000, 1 / 5000),
+    "one of thousands of classes": ([HIGH] * 100, [(HIGH, 0.0)] * 100, 5000, 1.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CONFIDENCES)
+def test_confidence_is_between_0_and_1(case, dtype):
+    """Catches a confidence beyond 1 where queries overlap, one that depends on how many of them there are, and half
+    precision that adds them up to something else."""
+    masks, classes, num_classes, expected = CONFIDENCES[case]
+    class_logits = torch.zeros(1, len(masks), num_classes + 1)
+    class_logits[0, :, 0], class_logits[0, :, -1] = torch.tensor(classes).T
+    mask_logits = torch.tensor(masks)[None, :, None, None].expand(1, -1, 4, 4)
+    outputs = outputs_of(
+        [(64, 64)], class_queries_logits=class_logits.to(dtype), masks_queries_logits=mask_logits.to(dtype)
+    )
+    (result,) = SANImageProcessor().post_process_semantic_segmentation(outputs, [(50, 60)], return_confidence=True)
+    confidence = result.confidence
+    assert confidence.dtype == torch.float32 and confidence.shape == (50, 60)
+    assert confidence.min() >= 0 and confidence.max() <= 1
+    torch.testing.assert_close(confidence, torch.full_like(confidence, expected), rtol=1e-4, atol=1e-6)
+
+
+def test_confidence_is_the_best_classes():
+    """Catches a confidence of another class than the label's, also where classes are one "other"."""
+    outputs, targets = outputs_of([(64, 90)], num_classes=7), [(70, 80)]
+    image_processor = SANImageProcessor()
+    for num_labels in (None, 3):
+        (result,) = image_processor.post_process_semantic_segmentation(
+            outputs, targets, return_segmentation_scores=True, return_confidence=True, num_labels=None
+        )
+        (merged,) = image_processor.post_process_semantic_segmentation(
+            outputs, targets, return_confidence=True, num_labels=num_labels
+        )
+        expected = confidence_of(result.segmentation_scores)
+        torch.testing.assert_close(result.confidence, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(merged.confidence, expected, rtol=1e-5, atol=1e-6)
+        assert merged.segmentation_scores is None
+
+
 @pytest.mark.parametrize("num_labels", [None, 4, 7])
 def test_threshold(num_labels):
-    """Pixels whose best score is lower are "other", with scores asked for or not; the rest is as without."""
+    """Pixels whose confidence is lower are "other", with scores asked for or not; the rest is as without."""
     outputs, targets = outputs_of([(64, 90)], num_classes=7), [(70, 80)]
     image_processor = SANImageProcessor()
     (every,) = image_processor.post_process_semantic_segmentation(outputs, targets, return_segmentation_scores=True)
-    best, other = every.segmentation_scores.amax(0), 7 if num_labels is None else num_labels
+    best, other = confidence_of(every.segmentation_scores), 7 if num_labels is None else num_labels
     threshold = best.median().item() + 1e-4
     options = {"num_labels": num_labels, "threshold": threshold}
     expected = torch.where(best < threshold, other, every.segmentation.clamp(max=other))

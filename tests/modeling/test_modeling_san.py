@@ -252,7 +252,7 @@ def clip_folder(config, tmp_path):
 
 
 @torch.no_grad()
-def test_from_clip_takes_over_clip(clip_folder):
+def test_from_clip_takes_over_clip(clip_folder, tmp_path):
     """Weights left random or mixed up, a preprocessing of its own, defaults that don't follow CLIP's depth."""
     small = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
     model = SANForSemanticSegmentation.from_clip(
@@ -260,7 +260,8 @@ def test_from_clip_takes_over_clip(clip_folder):
     ).eval()
     clip = CLIPModel.from_pretrained(clip_folder).eval()
     assert (model.config.hidden_size, model.config.num_queries) == (24, 5)
-    assert str(clip_folder) not in model.config.to_json_string()  # a path of this machine would be saved
+    model.save_pretrained(tmp_path / "san")
+    assert str(clip_folder) not in (tmp_path / "san" / "config.json").read_text()  # it is a path of this machine
     assert (model.config.recognition_layer, model.config.clip_image_scale) == (6, 0.7)
     assert model.config.fusion_layers == [[0, 0], [2, 1], [4, 2], [6, 3]]
     state = model.state_dict()

@@ -18,8 +18,16 @@ PYTHON_FILES = sorted(
 ) + [ROOT / "setup.py"]
 MODELING_FILES = sorted(path for path in (ROOT / "modeling").glob("*.py") if path.name != "__init__.py")
 
-# Always there where transformers is: huggingface_hub is one of its own requirements.
-MODELING_MAY_IMPORT = {"huggingface_hub", "numpy", "PIL", "torch", "transformers", *sys.stdlib_module_names}
+# Always there where transformers is: huggingface_hub and safetensors are requirements of its own.
+MODELING_MAY_IMPORT = {
+    "huggingface_hub",
+    "numpy",
+    "PIL",
+    "safetensors",
+    "torch",
+    "transformers",
+    *sys.stdlib_module_names,
+}
 
 
 def imports(path: Path, optional: bool = True) -> list[tuple[int, str]]:

@@ -1,0 +1,206 @@
+"""What a side adapter's folder holds: reading it, completing it with its base, and writing its parts.
+
+A side adapter is all of SAN that isn't frozen: the side network, the mask decoder, CLIP's position embeddings (trained
+even where CLIP is frozen), the no-object embedding, the embeddings of a carried vocabulary, and LoRA weights of CLIP
+if there are any.
+"""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from .base_clip_san import check_base, clip_name, load_base, select_clip
+from .configuration_san import SANConfig
+from .image_processing_san import SANImageProcessor
+from .processing_san import SANProcessor
+
+
+SIDE_ADAPTER_FILE = "side_adapter.safetensors"
+WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+WEIGHT_FILES = (WHOLE_FILE, INDEX_FILE, "pytorch_model.bin")
+LORA_FOLDER, LORA_FILE = "lora", "adapter_model.safetensors"
+# What says where a file of a checkpoint is, among the arguments of `from_pretrained`.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def select_side_adapter(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a `SANForSemanticSegmentation` that belong to its side adapter; LoRA's are not among them."""
+    return {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in state_dict.items()
+        if ".lora_" not in name and clip_name(name) is None
+    }
+
+
+# ---- one folder
+
+
+def find_side_adapter(name_or_path: str | os.PathLike, config: dict[str, Any], **where: Any) -> str | None:
+    """
+    The path of `side_adapter.safetensors` in a folder or repository, downloaded if need be; None if there is none.
+
+    Args:
+        name_or_path: the folder or repository.
+        config: what its `config.json` holds. One that names no base has no side adapter to look for.
+        **where: of [`HUB_ARGUMENTS`].
+
+    Raises:
+        ValueError: a folder has the weights of a whole model as well.
+    """
+    name_or_path = os.fspath(name_or_path)
+    if os.path.isdir(name_or_path):
+        folder = os.path.join(name_or_path, where.get("subfolder") or "")
+        path = os.path.join(folder, SIDE_ADAPTER_FILE)
+        if not os.path.isfile(path):
+            return None
+        if whole := [name for name in WEIGHT_FILES if os.path.isfile(os.path.join(folder, name))]:
+            raise ValueError(
+                f"'{folder}' has both a side adapter ({SIDE_ADAPTER_FILE}) and a whole model ({whole[0]}): remove one."
+            )
+        return path
+    if not config.get("base_model_name_or_path"):
+        return None
+    return cached_file(
+        name_or_path,
+        SIDE_ADAPTER_FILE,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **where,
+    )
+
+
+def find_lora(name_or_path: str | os.PathLike, config: SANConfig, **where: Any) -> str | None:
+    """The local folder of the LoRA weights that belong to a side adapter, downloaded if need be; None without them."""
+    if config.lora_folder is None:
+        return None
+    where = {**where, "subfolder": "/".join(filter(None, (where.get("subfolder"), config.lora_folder)))}
+    for name in ("adapter_config.json", LORA_FILE):
+        path = str(cached_file(name_or_path, name, **where))
+    return os.path.dirname(path)
+
+
+def complete_with_base(
+    config: SANConfig, adapter_file: str, base_model: str | None = None, **hub_options: Any
+) -> dict[str, torch.Tensor]:
+    """
+    All tensors of a `SANForSemanticSegmentation`: a side adapter's, and those of its base.
+
+    Args:
+        config: the adapter's; it names the base and its digest.
+        adapter_file: path of its `side_adapter.safetensors`.
+        base_model: where the base is, if not where the configuration says.
+        **hub_options: `cache_dir`, `token`, `local_files_only`, ... for the base.
+
+    Raises:
+        OSError: the base isn't there, or can't be reached.
+        ValueError: what is there isn't the base.
+    """
+    name = base_model or config.base_model_name_or_path
+    if name is None:
+        raise ValueError(
+            f"'{adapter_file}' is a side adapter whose config.json names no CLIP (base_model_name_or_path): say which "
+            "one with base_model=."
+        )
+    revision = config.base_model_revision if base_model is None else None
+    try:
+        base = select_clip(load_base(name, revision=revision, **hub_options).state_dict())
+    except OSError as error:
+        raise OSError(
+            f"'{adapter_file}' is a side adapter on the CLIP '{name}', which can't be loaded: {error} If that CLIP is "
+            "elsewhere, say where with base_model=."
+        ) from error
+    check_base(config, base, f"'{name}'")
+    inner = ("vision_model.", "visual_projection.")
+    whole = {f"model.{key}" if key.startswith(inner) else key: tensor for key, tensor in base.items()}
+    return whole | load_file(adapter_file)
+
+
+def find_processor(config: SANConfig, name_or_path: str | None, **hub_options: Any) -> SANProcessor:
+    """The processor of where a model was loaded from; else a new one, with the tokenizer of its base."""
+    base = str(config.base_model_name_or_path)
+    if name_or_path and name_or_path != base:
+        try:
+            return SANProcessor.from_pretrained(name_or_path, **hub_options)
+        except (OSError, ValueError):
+            pass
+    size = {"shortest_edge": config.image_size, "longest_edge": 4 * config.image_size}
+    if config.base_model_name_or_path is None:
+        raise ValueError(
+            "The model's processor isn't known, as the model was neither loaded from a folder that has one nor made "
+            "from a CLIP: give it, processor=..."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(base, revision=config.base_model_revision, **hub_options)
+    return SANProcessor(SANImageProcessor(size=size, ignore_index=config.semantic_loss_ignore_index), tokenizer)
+
+
+# ---- LoRA of CLIP beside a side adapter
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    """The layers that PEFT has wrapped."""
+    if not getattr(model, "peft_config", None):
+        return []
+    try:  # else PEFT would be needed for loading the code of any checkpoint
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        return []
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def active_lora(model: nn.Module) -> tuple[str, ...]:
+    """Names of the PEFT adapters that are in force."""
+    layers = lora_layers(model)
+    return tuple(layers[0].active_adapters) if layers and not layers[0].disable_adapters else ()
+
+
+def activate_lora(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Has these PEFT adapters in force, and no others."""
+    for layer in lora_layers(model):
+        layer.enable_adapters(bool(names))
+        if names:
+            layer.set_adapter(list(names))
+
+
+def lora_tensors(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the PEFT adapter in force, by the names that PEFT saves them by; none without one."""
+    if not (names := active_lora(model)):
+        return {}
+    try:
+        from peft import get_peft_model_state_dict
+    except ImportError as error:
+        raise ImportError(f"LoRA weights are saved by PEFT: pip install peft ({error})") from error
+    if len(names) > 1:
+        raise ValueError(f"Several PEFT adapters are in force, {', '.join(names)}, and one can be saved: set_adapter.")
+    weights = get_peft_model_state_dict(model, state_dict=dict(state_dict), adapter_name=names[0])
+    return {f"base_model.model.{key}": tensor.detach().cpu().contiguous() for key, tensor in weights.items()}
+
+
+def save_lora(model: nn.Module, folder: str, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Writes the PEFT adapter in force as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
+    tensors = lora_tensors(model, state_dict)
+    os.makedirs(folder, exist_ok=True)
+    peft_configs: Any = model.peft_config
+    peft_config = copy.copy(peft_configs[active_lora(model)[0]])
+    peft_config.base_model_name_or_path = None  # the folder that the model came from, which may be on this machine only
+    peft_config.save_pretrained(folder)
+    save_file(tensors, os.path.join(folder, LORA_FILE), metadata={"format": "pt"})
+
+
+@contextmanager
+def keep_trainable(model: nn.Module) -> Iterator[None]:
+    """PEFT freezes all but what it adds. What was trainable outside CLIP stays so, or becomes it again."""
+    trainable = [
+        parameter for name, parameter in model.named_parameters() if parameter.requires_grad and clip_name(name) is None
+    ]
+    yield
+    for parameter in trainable:
+        parameter.requires_grad_(True)

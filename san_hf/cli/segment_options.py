@@ -1,0 +1,51 @@
+"""Options of `san-hf segment` alone."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+ClassesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAMES",
+        help='What to look for, separated by commas: "cat, grass, sky". A name with a comma goes in double '
+        "quotes. Or a benchmark's name, such as voc, for its class names, or a file that --save-vocabulary wrote. "
+        "Every pixel gets one of these names, so name the background, too, or use --expand. "
+        "Not needed if the model carries names of its own.",
+    ),
+]
+ClassesFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="What to look for, from a file: text with one name a line; JSON, a list or mapping; or "
+        "a vocabulary's, .safetensors.",
+    ),
+]
+OtherOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        show_default=False,
+        help='What to call pixels that --expand or --threshold take from your classes, if not "other".',
+    ),
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        show_default=False,
+        help="Only the I-th of N parts of the images, for several machines with the same arguments: 1/4 to 4/4.",
+    ),
+]
+SaveVocabularyOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        show_default=False,
+        help="Keep the names with all that belongs to them (words, templates, colours, embeddings) in a file, "
+        ".safetensors, for --classes of later runs of this model.",
+    ),
+]
