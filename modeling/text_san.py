@@ -21,6 +21,8 @@ except ImportError:  # a checkpoint's code runs without it, see `may_be_misread`
 
 # Far beyond what 77 tokens can hold.
 LONGEST_NAME = 10_000
+# A hundred times the longest list of a benchmark; more would not fit into memory with their templates.
+MOST_NAMES = 100_000
 
 # What ftfy 6 makes plain, one character at a time. C1 controls are taken for what Windows-1252 has there.
 _C1 = {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
@@ -75,8 +77,9 @@ def check_class_names(names: Iterable[str], what: str) -> list[str]:
         what: what to call them in errors.
 
     Raises:
-        ValueError: a text, a set or a mapping instead of a list; no names; one that is no text, blank, or longer than
-            10,000 letters; or two that are one to the tokenizer: after [`clean_text`] they are equal.
+        ValueError: a text, a set or a mapping instead of a list; no names, or more than 100,000; one that is no text,
+            blank, or longer than 10,000 letters; or two that are one to the tokenizer: after [`clean_text`] they are
+            equal.
     """
     if isinstance(names, str):
         parts = [name.strip() for name in names.split(",")]
@@ -91,6 +94,11 @@ def check_class_names(names: Iterable[str], what: str) -> list[str]:
     names = list(names)
     if not names:
         raise ValueError(f"Got an empty list for {what}, expected at least one class name.")
+    if len(names) > MOST_NAMES:
+        raise ValueError(
+            f"Got {len(names):,} names as {what}, expected at most {MOST_NAMES:,}: their token ids alone would take "
+            f"{len(names) * 8 * 14 * 77 / 1e9:.0f} GB. Is it a list of class names?"
+        )
     first: dict[str, int] = {}
     for index, name in enumerate(names):
         if not isinstance(name, str):

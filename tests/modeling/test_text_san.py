@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from san_hf.conversion.tokenizer import clip_tokenizer
 from san_hf.modeling import SANImageProcessor, SANProcessor, text_san
-from san_hf.modeling.text_san import clean_text, may_be_misread
+from san_hf.modeling.text_san import check_class_names, clean_text, may_be_misread
 
 
 # What the tokenizer of CLIP's release cuts a text into (Radford et al., 2021).
@@ -185,3 +185,11 @@ def test_random_texts_without_ftfy(monkeypatch):
     monkeypatch.setattr(text_san, "ftfy", None)
     differ = [text for text, right in zip(texts, expected) if clean_text(text) != right]
     assert len(differ) > 50 and all(map(may_be_misread, differ))
+
+
+def test_more_names_than_any_list_has():
+    """A file of a few megabytes whose token ids fill the memory."""
+    names = [f"class {i}" for i in range(100_001)]
+    with pytest.raises(ValueError, match=r"100,001 names as classes, expected at most 100,000"):
+        check_class_names(names, "classes")
+    assert len(check_class_names(names[:-1], "classes")) == 100_000
