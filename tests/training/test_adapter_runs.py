@@ -12,8 +12,9 @@ from san_hf import SANForSemanticSegmentation
 from san_hf.modeling.base_clip_san import clip_name
 from san_hf.training.config import ConfigError
 from san_hf.training.loop import train
+from tests.forks import Run
 from tests.tiny import tiny_config, tiny_tokenizer
-from tests.training.training_runs import Run, configure, read_log, write_root
+from tests.training.training_runs import configure, read_log, write_root
 
 
 SHORT = ("training.steps=4", "training.batch_size=2", "checkpoints.every=2")

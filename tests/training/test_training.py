@@ -612,6 +612,7 @@ def test_tensorboard(root, tmp_path):
     assert figures == pytest.approx(expected)
     assert [image.step for image in found.Images("validation")] == [2, 4]
     assert sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir()) == [
+        "best.png",
         "step-00000002.png",
         "step-00000004.png",
     ]
@@ -700,4 +701,4 @@ def test_nothing_is_computed_twice(root, tmp_path):
     assert prompts == len(CLASSES) * 14
     assert images == 3 * 3  # evaluations x validation images
     assert examples == 3 * 3 + 1  # and one, when the data set is opened, to see whether it has labels
-    assert len(list((tmp_path / "run" / "pictures").glob("*.png"))) == 3
+    assert len(list((tmp_path / "run" / "pictures").glob("step-*.png"))) == 3
