@@ -26,6 +26,7 @@ from .processing_san import SANProcessor
 SIDE_ADAPTER_FILE = "side_adapter.safetensors"
 WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = (WHOLE_FILE, INDEX_FILE, "pytorch_model.bin")
+PROCESSOR_FILE = "processor_config.json"
 LORA_FOLDER, LORA_FILE = "lora", "adapter_model.safetensors"
 # What says where a file of a checkpoint is, among the arguments of `from_pretrained`.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -41,6 +42,24 @@ def select_side_adapter(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 
 # ---- one folder
+
+
+def find_file(location: str, name: str, **where: Any) -> str | None:
+    """The local path of a file in a folder or repository, downloaded if need be; None if there is none."""
+    if os.path.isdir(location):
+        path = os.path.join(location, where.get("subfolder") or "", name)
+        return path if os.path.isfile(path) else None
+    try:
+        return cached_file(
+            location,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **where,
+        )
+    except OSError:  # neither a folder nor a repository any more
+        return None
 
 
 def find_side_adapter(name_or_path: str | os.PathLike, config: dict[str, Any], **where: Any) -> str | None:
@@ -66,16 +85,7 @@ def find_side_adapter(name_or_path: str | os.PathLike, config: dict[str, Any], *
                 f"'{folder}' has both a side adapter ({SIDE_ADAPTER_FILE}) and a whole model ({whole[0]}): remove one."
             )
         return path
-    if not config.get("base_model_name_or_path"):
-        return None
-    return cached_file(
-        name_or_path,
-        SIDE_ADAPTER_FILE,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **where,
-    )
+    return find_file(name_or_path, SIDE_ADAPTER_FILE, **where) if config.get("base_model_name_or_path") else None
 
 
 def find_lora(name_or_path: str | os.PathLike, config: SANConfig, **where: Any) -> str | None:
@@ -127,11 +137,9 @@ def complete_with_base(
 def find_processor(config: SANConfig, name_or_path: str | None, **hub_options: Any) -> SANProcessor:
     """The processor of where a model was loaded from; else a new one, with the tokenizer of its base."""
     base = str(config.base_model_name_or_path)
-    if name_or_path and name_or_path != base:
-        try:
-            return SANProcessor.from_pretrained(name_or_path, **hub_options)
-        except (OSError, ValueError):
-            pass
+    # One that is there and can't be read is an error: another would prepare images and names otherwise.
+    if name_or_path and name_or_path != base and find_file(name_or_path, PROCESSOR_FILE, **hub_options) is not None:
+        return SANProcessor.from_pretrained(name_or_path, **hub_options)
     size = {"shortest_edge": config.image_size, "longest_edge": 4 * config.image_size}
     if config.base_model_name_or_path is None:
         raise ValueError(

@@ -14,9 +14,16 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
-from transformers.utils import cached_file
 
-from .adapter_folder_san import INDEX_FILE, LORA_FILE, LORA_FOLDER, SIDE_ADAPTER_FILE, WHOLE_FILE, lora_tensors
+from .adapter_folder_san import (
+    INDEX_FILE,
+    LORA_FILE,
+    LORA_FOLDER,
+    SIDE_ADAPTER_FILE,
+    WHOLE_FILE,
+    find_file,
+    lora_tensors,
+)
 from .base_clip_san import check_base, clip_name, select_clip
 from .configuration_san import SANConfig
 from .processing_san import SANProcessor
@@ -297,24 +304,6 @@ def is_saved(
         return False
     path = find_file(location, f"{LORA_FOLDER}/{LORA_FILE}", **where) if lora else None
     return not lora or (path is not None and _equal(path, lora, set()))
-
-
-def find_file(location: str, name: str, **where: Any) -> str | None:
-    """The local path of a file in a folder or repository, downloaded if need be; None if there is none."""
-    if os.path.isdir(location):
-        path = os.path.join(location, name)
-        return path if os.path.isfile(path) else None
-    try:
-        return cached_file(
-            location,
-            name,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-            **where,
-        )
-    except OSError:  # neither a folder nor a repository any more
-        return None
 
 
 def _weight_files(location: str, where: dict[str, Any]) -> list[str]:

@@ -80,9 +80,25 @@ def attempt(what: str, function, *args):
         raise ValueError(f"Cannot use {what}: {error}") from error
 
 
-def open_image(source: str) -> PIL.Image.Image:
-    """The image of a path (in its own mode, upright), a URL or a base64 string (converted to RGB)."""
-    return PIL.ImageOps.exif_transpose(PIL.Image.open(source)) if os.path.isfile(source) else load_image(source)
+def open_image(source: str, timeout: float | None = None) -> PIL.Image.Image:
+    """
+    The image of a path (in its own mode, upright), a URL or a base64 string (converted to RGB).
+
+    Args:
+        source: one of these.
+        timeout: seconds to wait for a URL.
+
+    Raises:
+        OSError, ValueError: it can't be read or fetched, or is none of these.
+    """
+    if os.path.isfile(source):
+        return PIL.ImageOps.exif_transpose(PIL.Image.open(source))
+    try:
+        return load_image(source, timeout)
+    except (OSError, ValueError, TypeError):
+        raise
+    except Exception as error:  # what fetches has errors of its own
+        raise OSError(f"it can't be fetched: {error} ({type(error).__name__})") from error
 
 
 def infer_format(shape: tuple[int, int, int]) -> ChannelDimension:

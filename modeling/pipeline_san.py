@@ -196,7 +196,9 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         if others:
             known = ", ".join(sorted({*OWN_ARGUMENTS, "batch_size", "num_workers", "threshold", "timeout"}))
             raise ValueError(f"Got the unknown argument {sorted(others)[0]!r}, expected one of {known}.")
-        if threshold is not None and not (isinstance(threshold, Real) and 0 <= threshold <= 1):
+        if threshold is not None and (
+            isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold <= 1
+        ):
             raise ValueError(f"Got threshold={threshold!r}, expected a score between 0 and 1.")
         if candidate_labels is not None:
             candidate_labels = check_class_names(candidate_labels, "candidate_labels")
@@ -382,6 +384,6 @@ def _is_one_image(image) -> bool:
 def _open(image, timeout: float | None) -> PIL.Image.Image:
     """An image in any form that pipelines take, upright."""
     image = os.fspath(image) if isinstance(image, os.PathLike) else image
-    if isinstance(image, str) and os.path.isfile(image):
-        return open_image(image)
+    if isinstance(image, str):
+        return open_image(image, timeout)
     return PIL.ImageOps.exif_transpose(image) if isinstance(image, PIL.Image.Image) else load_image(image, timeout)

@@ -8,6 +8,7 @@ from typing import Any
 
 from san_hf.cli.console import fail
 from san_hf.data.class_names import is_class_list, read_class_names, refuse_separators
+from san_hf.json_files import JSONError, read_text
 from san_hf.messages import one_line, printable
 from san_hf.paths import expand_path
 from san_hf.vocabularies import EXPANSIONS
@@ -122,9 +123,7 @@ def class_facts(class_names: list[str] | str | None) -> Any:
 
 def _lines(path: str) -> list[str]:
     try:
-        if os.path.getsize(path) > _LARGEST_FILE:
-            fail(f"The file of templates '{printable(path)}' has more than {_LARGEST_FILE:,} bytes.")
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path, _LARGEST_FILE).splitlines()
+    except (OSError, JSONError) as error:
         fail(f"The file of templates '{printable(path)}' can't be read: {one_line(error)}.")
     return [line.strip() for line in lines if line.strip()]

@@ -1,19 +1,24 @@
 """What side adapters a folder or repository holds."""
 
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 
+from san_hf.json_files import read_json
 from san_hf.loading import ModelError
 from san_hf.messages import one_line
-from san_hf.modeling.adapter_folder_san import SIDE_ADAPTER_FILE
+from san_hf.modeling.adapter_folder_san import LORA_FILE, LORA_FOLDER, SIDE_ADAPTER_FILE
+from san_hf.modeling.card_san import CARD_FILE
 from san_hf.paths import expand_path
+
+
+CONFIG_FILE = "config.json"
 
 
 @dataclass
@@ -58,9 +63,13 @@ def list_side_adapters(
     """
     name = expand_path(name_or_path)
     if os.path.isdir(name):
-        found = [_describe(path, Path(path).joinpath, _size_below(Path(path))) for path in _folders(name)]
+        sizes, fetch = _sizes_below(name), partial(os.path.join, name)
     else:
-        found = list(_in_repository(name, revision, token))
+        entries = HfApi(token=token).list_repo_tree(name, recursive=True, revision=revision)
+        sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        fetch = partial(hf_hub_download, name, revision=revision, token=token)
+    adapters = [PurePosixPath(path) for path in sorted(sizes) if PurePosixPath(path).name == SIDE_ADAPTER_FILE]
+    found = [_describe(name, path.parent, sizes, fetch) for path in adapters]
     if not found:
         raise ModelError(
             f"'{name}' holds no side adapter: there is no {SIDE_ADAPTER_FILE} in it or below it. "
@@ -69,46 +78,33 @@ def list_side_adapters(
     return found
 
 
-def _folders(root: str) -> Iterator[str]:
+def _sizes_below(root: str) -> dict[str, int]:
+    """Bytes of the files that describe side adapters in a folder and below it, by their path in it."""
+    sizes = {}
     # Links are not followed: they may lead back.
-    for folder, below, files in os.walk(root):
-        below.sort()
-        if SIDE_ADAPTER_FILE in files:
-            yield folder
+    for folder, _, files in os.walk(root):
+        for name in {SIDE_ADAPTER_FILE, LORA_FILE, CONFIG_FILE, CARD_FILE}.intersection(files):
+            path = Path(folder, name)
+            sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+    return sizes
 
 
-def _size_below(folder: Path) -> int:
-    lora = folder.joinpath("lora")
-    weights = [folder / SIDE_ADAPTER_FILE, *(sorted(lora.glob("*.safetensors")) if lora.is_dir() else ())]
-    return sum(path.stat().st_size for path in weights)
-
-
-def _in_repository(repo_id: str, revision: str | None, token: str | bool | None) -> Iterator[SideAdapterInfo]:
-    entries = HfApi(token=token).list_repo_tree(repo_id, recursive=True, revision=revision)
-    sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
-    for path in sorted(sizes):
-        if PurePosixPath(path).name != SIDE_ADAPTER_FILE:
-            continue
-        folder = PurePosixPath(path).parent
-        size = sum(
-            count
-            for file, count in sizes.items()
-            if file == path or (PurePosixPath(file).parent == folder / "lora" and file.endswith(".safetensors"))
-        )
-
-        def fetch(file: str, folder: PurePosixPath = folder) -> Path:
-            inside = (folder / file).as_posix()
-            if inside not in sizes:
-                return Path(os.devnull) / file
-            return Path(hf_hub_download(repo_id, inside, revision=revision, token=token))
-
-        below = "" if folder == PurePosixPath(".") else f":{folder}"
-        yield _describe(repo_id + below, fetch, size)
-
-
-def _describe(name: str, fetch: Callable[[str], Path], size: int) -> SideAdapterInfo:
+def _describe(
+    name: str, folder: PurePosixPath, sizes: Mapping[str, int], fetch: Callable[[str], str]
+) -> SideAdapterInfo:
+    """
+    Args:
+        name: of what holds the adapter, a folder or a repository.
+        folder: of the adapter, in there.
+        sizes: bytes of the files in there, by path.
+        fetch: gives the local path of such a file.
+    """
+    if folder != PurePosixPath("."):
+        name = os.path.join(name, folder) if os.path.isdir(name) else f"{name}:{folder}"
+    size = sizes[str(folder / SIDE_ADAPTER_FILE)] + sizes.get(str(folder / LORA_FOLDER / LORA_FILE), 0)
+    card = str(folder / CARD_FILE)
     try:
-        config: dict[str, Any] = json.loads(fetch("config.json").read_text(encoding="utf-8"))
+        config: dict[str, Any] = read_json(fetch(str(folder / CONFIG_FILE)))
         names = {int(index): str(label) for index, label in (config.get("id2label") or {}).items()}
         carried = bool(config.get("vocabulary_size"))
         return SideAdapterInfo(
@@ -119,16 +115,16 @@ def _describe(name: str, fetch: Callable[[str], Path], size: int) -> SideAdapter
             size=size,
             classes=[names[index] for index in sorted(names)] if carried else [],
             lora=config.get("lora_folder") is not None,
-            results=_results(fetch("README.md")),
+            results=_results(fetch(card)) if card in sizes else [],
         )
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(
             f"The config.json beside {SIDE_ADAPTER_FILE} of '{name}' can't be read: {one_line(error)}."
-        ) from (error)
+        ) from error
 
 
-def _results(card: Path) -> list[str]:
-    """What a card says was measured; nothing where there is no card, or its metadata can't be read."""
+def _results(card: str) -> list[str]:
+    """What a card says was measured; nothing where its metadata can't be read."""
     try:
         results = ModelCard.load(card, ignore_metadata_errors=True).data.eval_results or []
     except (OSError, ValueError, TypeError, KeyError):

@@ -1,6 +1,5 @@
 """The file of a vocabulary: class names, the words and templates behind them, colours, and their embeddings."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -8,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from san_hf.files import write_file
+from san_hf.files import json_text, write_file
+from san_hf.json_files import parse_json
 from san_hf.messages import one_line
 
 
@@ -45,7 +45,7 @@ def write_vocabulary(path: str | os.PathLike, facts: Mapping[str, Any], class_em
     """
     from safetensors.torch import save
 
-    metadata = {"format": FILE_FORMAT, "vocabulary": json.dumps(facts, ensure_ascii=False)}
+    metadata = {"format": FILE_FORMAT, "vocabulary": json_text(facts)}
     write_file(path, save({_TENSOR: class_embeds.cpu().contiguous()}, metadata))
 
 
@@ -96,10 +96,10 @@ def _opened(path: str | os.PathLike, framework: str) -> Iterator[tuple[Any, dict
             shape = file.get_slice(_TENSOR).get_shape()
             if len(shape) != 2 or 0 in shape:
                 raise ValueError(f"its embeddings are {tuple(shape)}, expected a row for each class")
-            yield file, _checked(json.loads(metadata["vocabulary"]), rows=shape[0])
+            yield file, _checked(parse_json(metadata["vocabulary"], "its description"), rows=shape[0])
     except VocabularyError:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else one_line(error).rstrip(".")
         raise VocabularyError(f"'{os.fspath(path)}' can't be read as a vocabulary: {reason}.") from error
 

@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 
 from san_hf.cli import app
 from san_hf.hub import PushError, from_pretrained, push_folder, push_to_hub, save_pretrained
+from san_hf.hub.adapters import list_side_adapters
+from san_hf.loading import ModelError
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from tests.tiny import tiny_config, tiny_tokenizer
 
@@ -500,3 +502,28 @@ def test_where_the_card_says_it_is(model, processor, tmp_path, monkeypatch):
         save_pretrained(model, processor, folder)
         text = (tmp_path / folder / "README.md").read_text()
         assert f'from_pretrained("{name}"' in text and str(tmp_path) not in text
+
+
+def test_adapters_of_a_repository(hub, model, tmp_path):
+    """Adapters that are missed, sizes of other files, or weights that are downloaded for a list."""
+    config = {"base_model_name_or_path": "someone/clip", "base_model_sha256": "a" * 64, "base_model_revision": "b" * 40}
+    named = config | {"vocabulary_size": 2, "id2label": {"0": "road", "1": "car"}, "lora_folder": "lora"}
+    card = b"---\nmodel-index:\n- name: x\n  results: []\n---\n"
+    files = {
+        "config.json": json.dumps(config).encode(),
+        "side_adapter.safetensors": b"1" * 70,
+        "README.md": card,
+        "streets/config.json": json.dumps(named).encode(),
+        "streets/side_adapter.safetensors": b"2" * 50,
+        "streets/lora/adapter_model.safetensors": b"3" * 8,
+        "whole/model.safetensors": b"4" * 9,
+    }
+    hub.commit("someone/adapters", files)
+    first, second = list_side_adapters("someone/adapters")
+    assert (first.name, first.size, first.base, first.revision) == ("someone/adapters", 70, "someone/clip", "b" * 40)
+    assert (first.classes, first.lora, first.results, first.sha256) == ([], False, [], "a" * 64)
+    assert (second.name, second.size, second.classes) == ("someone/adapters:streets", 58, ["road", "car"])
+    assert second.lora
+    hub.commit("someone/none", {"README.md": b"nothing"})
+    with pytest.raises(ModelError, match="'someone/none' holds no side adapter"):
+        list_side_adapters("someone/none")

@@ -224,6 +224,7 @@ def test_carried_vocabulary(processor, images, segmenter, tmp_path, passes):
         ({"candidate_labels": NAMES, "threshold": 1.5}, "Got threshold=1.5, expected a score between 0 and 1"),
         ({"candidate_labels": NAMES, "threshold": "0.5"}, "Got threshold='0.5', expected a score between 0 and 1"),
         ({"candidate_labels": NAMES, "threshold": float("nan")}, "Got threshold=nan"),
+        ({"candidate_labels": NAMES, "threshold": True}, "Got threshold=True"),
         ({"candidate_labels": NAMES, "treshold": 0.5}, "unknown argument 'treshold', expected one of .*threshold"),
         ({"candidate_labels": NAMES, "prompt_templates": "nix"}, "Got prompt_templates='nix'"),
         ({"candidate_labels": NAMES, "side_adapter": "nix"}, "There is no side adapter 'nix'"),
@@ -371,3 +372,9 @@ def test_logits_of_pixels(model, processor, images):
     assert "logits" not in outputs
     with pytest.raises(ValueError, match="label_smoothing_factor at 0"):
         outputs["logits"]
+
+
+def test_an_address_that_cannot_be_reached(segmenter):
+    """An error of the library that fetches, which names neither the image nor what to do."""
+    with pytest.raises(ValueError, match=r"Cannot use the image 'http://127\.0\.0\.1:1/a\.png': it can't be fetched"):
+        segmenter("http://127.0.0.1:1/a.png", candidate_labels=["sky"], timeout=5)

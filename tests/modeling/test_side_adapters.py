@@ -229,6 +229,16 @@ def test_vocabulary_travels(roads, roads_folder, inputs):
     assert without.class_embeds is None
 
 
+def test_a_damaged_processor_is_not_replaced(adapter, tmp_path):
+    """Another processor in place of the model's own, with other sizes and templates, because that couldn't be read."""
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    model = SANForSemanticSegmentation.from_pretrained(folder)
+    (folder / "processor_config.json").write_text("{")
+    with pytest.raises((OSError, ValueError)):
+        model.save_pretrained(tmp_path / "again", adapter_only=True)
+    assert not (tmp_path / "again").exists()
+
+
 # ---- several on one CLIP
 
 
