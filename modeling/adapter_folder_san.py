@@ -28,6 +28,11 @@ WHOLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_FILES = (WHOLE_FILE, INDEX_FILE, "pytorch_model.bin")
 PROCESSOR_FILE = "processor_config.json"
 LORA_FOLDER, LORA_FILE = "lora", "adapter_model.safetensors"
+# What CLIP's tensors don't tell, and sizes that would be allocated before they are compared with the tensors.
+TOWER_FIELDS = (
+    *("hidden_act", "layer_norm_eps", "num_attention_heads"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+)
 # What says where a file of a checkpoint is, among the arguments of `from_pretrained`.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -122,16 +127,36 @@ def complete_with_base(
         )
     revision = config.base_model_revision if base_model is None else None
     try:
-        base = select_clip(load_base(name, revision=revision, **hub_options).state_dict())
+        clip = load_base(name, revision=revision, **hub_options)
     except OSError as error:
         raise OSError(
             f"'{adapter_file}' is a side adapter on the CLIP '{name}', which can't be loaded: {error} If that CLIP is "
             "elsewhere, say where with base_model=."
         ) from error
+    base = select_clip(clip.state_dict())
     check_base(config, base, f"'{name}'")
+    check_sizes(config.clip_config, clip.config, f"'{adapter_file}'")
     inner = ("vision_model.", "visual_projection.")
     whole = {f"model.{key}" if key.startswith(inner) else key: tensor for key, tensor in base.items()}
     return whole | load_file(adapter_file)
+
+
+def check_sizes(described: Any, clip: Any, location: str) -> None:
+    """
+    Refuses a configuration of a CLIP of other sizes, or that computes otherwise, than the one that is there.
+
+    Args:
+        described, clip: `CLIPConfig`, of the side adapter and of its base.
+        location: of the side adapter, for the error.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for tower in ("vision_config", "text_config"):
+        for field in TOWER_FIELDS:
+            its, mine = (getattr(getattr(config, tower), field) for config in (described, clip))
+            if its != mine:
+                raise ValueError(f"{location} has CLIP's {tower}.{field} = {its!r}, and the CLIP there {mine!r}.")
 
 
 def find_processor(config: SANConfig, name_or_path: str | None, **hub_options: Any) -> SANProcessor:

@@ -20,6 +20,7 @@ from .adapter_folder_san import (
     WEIGHT_FILES,
     activate_lora,
     active_lora,
+    check_sizes,
     find_lora,
     find_processor,
     find_side_adapter,
@@ -400,11 +401,7 @@ class SideAdapterMixin(PreTrainedModel):
                 f"{self.config.base_model_sha256}); '{location}' was trained on '{config.base_model_name_or_path}' "
                 f"({config.base_model_sha256})."
             )
-        for tower in ("vision_config", "text_config"):
-            for field in ("hidden_act", "layer_norm_eps", "num_attention_heads"):
-                mine, its = (getattr(getattr(c.clip_config, tower), field) for c in (self.config, config))
-                if mine != its:
-                    raise ValueError(f"'{location}' has CLIP's {tower}.{field} = {its!r}, this model {mine!r}.")
+        check_sizes(config.clip_config, self.config.clip_config, f"'{location}'")
 
     # ---- what is done to a model is done to all of its side adapters
 

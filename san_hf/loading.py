@@ -8,6 +8,7 @@ from typing import Any
 from san_hf.json_files import JSONError, parse_json, read_json
 from san_hf.messages import join_some
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANProcessor
+from san_hf.modeling.adapter_folder_san import SIDE_ADAPTER_FILE
 
 
 # What Transformers would fill in by default where a saved file lacks it, and what then changes the result. (What
@@ -27,6 +28,9 @@ CONFIG_FIELDS = (
 TOWER_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 # A tokenizer.json of CLIP's has 4 MB; an index of weights, or a vocabulary of 100,000 names, less than 30.
 LARGEST_FILE = 100_000_000
+WEIGHTS = ("*.safetensors", "*.bin")
+# Beyond what the weights can hold: what is missing from smaller ones is named one by one.
+SPARE_PARAMETERS = 100_000_000
 # Files beside the weights; without any of these another tokenizer or processor would be made up.
 PROCESSOR_FILES = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
 
@@ -72,6 +76,8 @@ def load_complete(
             f"'{location}' has no complete config.json: it lacks {join_some(lacking)}, which would be guessed. Get the "
             "folder again, or add them."
         )
+    if os.path.isdir(location) and "config" not in kwargs:
+        _check_size(SANConfig.from_pretrained(location, **_config_fields(kwargs)), Path(location))
     model, info = SANForSemanticSegmentation.from_pretrained(
         location, output_loading_info=True, ignore_mismatched_sizes=True, **hub_options, **kwargs
     )
@@ -91,6 +97,36 @@ def load_complete(
             "train what is missing."
         )
     return model
+
+
+def _config_fields(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: arguments[name] for name in arguments if name in SANConfig.__dataclass_fields__ and name != "dtype"}
+
+
+def _check_size(config: SANConfig, folder: Path) -> None:
+    """
+    Refuses a configuration of far more parameters than the folder's weights can hold: the model is made before its
+    weights are looked at, and would take all of the memory.
+
+    Raises:
+        ModelError: it is one.
+    """
+    vision, text = config.clip_vision_config, config.clip_text_config
+    # The CLIP under a side adapter is elsewhere, and compared with the configuration there.
+    parts = (config,) if (folder / SIDE_ADAPTER_FILE).is_file() else (config, vision, text)
+    # Attention has four square matrices in each layer, the MLP two.
+    parameters = sum(
+        part.num_hidden_layers * part.hidden_size * (4 * part.hidden_size + 2 * part.intermediate_size)
+        for part in parts
+    )
+    parameters += text.vocab_size * text.hidden_size if text in parts else 0
+    stored = sum(path.stat().st_size for pattern in WEIGHTS for path in folder.glob(pattern))
+    # Four bits for each at least.
+    if parameters > 2 * stored + SPARE_PARAMETERS:
+        raise ModelError(
+            f"'{folder / 'config.json'}' describes a model of at least {parameters:,} parameters, and the weights "
+            f"beside it have {stored:,} bytes: they aren't of one model. Get the folder again."
+        )
 
 
 def check_processor(processor: SANProcessor, config: SANConfig, location: str | os.PathLike) -> None:

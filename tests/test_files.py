@@ -185,7 +185,7 @@ def save_by_safetensors(folder: Path) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 @pytest.mark.parametrize("save", [save_by_torch, save_by_safetensors])
 def test_a_full_disk_under_other_libraries(tmp_path, save):
     """Catches errors of torch and safetensors for a full disk, which are no OSError and name no file."""

@@ -131,6 +131,31 @@ def test_files_that_are_cut_short(folder, name):
         load_model(folder, torch.float32)
 
 
+@pytest.mark.parametrize("part", ["", "clip_config.vision_config", "clip_config.text_config"])
+@pytest.mark.parametrize("adapter_only", [False, True], ids=["whole", "adapter"])
+def test_a_configuration_of_another_size(folder, tmp_path, part, adapter_only):
+    """A model of hundreds of gigabytes that is made before its small weights are looked at."""
+    if adapter_only:
+        model = SANForSemanticSegmentation.from_pretrained(folder)
+        clip = CLIPModel(model.config.clip_config)
+        state = {name.removeprefix("model."): tensor for name, tensor in model.state_dict().items()}
+        clip.load_state_dict({name: state[name] for name in clip.state_dict() if name in state}, strict=False)
+        clip.save_pretrained(tmp_path / "clip")
+        processor = SANProcessor.from_pretrained(folder)
+        shutil.rmtree(folder)
+        options = {"adapter_only": True, "base_model": str(tmp_path / "clip")}
+        model.save_pretrained(folder, processor=processor, **options)
+
+    def enlarge(config):
+        for name in filter(None, part.split(".")):
+            config = config[name]
+        config |= {"hidden_size": 8192, "intermediate_size": 32768, "num_hidden_layers": 250}
+
+    change(folder / "config.json", enlarge)
+    with pytest.raises(ModelError, match="aren't of one model|hidden_size = 8192"):
+        load_model(folder, torch.float32)
+
+
 def test_changed_number_of_queries(folder):
     """Advice to get a folder again that is whole."""
     with pytest.raises(ModelError, match="num_queries can't be changed: .* num_queries=5, got 7"):

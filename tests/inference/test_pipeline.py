@@ -283,8 +283,6 @@ def test_parts_of_the_pipeline(model, processor, folder, images):
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"dtype": "float16"}, {"device_map": "cpu"}], ids=str)
 def test_dtypes_and_devices(folder, images, options):
     """A pipeline that runs in float32 only, or where Accelerate hasn't placed the model."""
-    if "device_map" in options:
-        pytest.importorskip("accelerate")
     segmenter = pipeline(TASK, model=str(folder), **options)
     assert segmenter.dtype == getattr(torch, str(options.get("dtype", "float32")).removeprefix("torch."))
     expected = pipeline(TASK, model=str(folder))(images, candidate_labels=NAMES)
