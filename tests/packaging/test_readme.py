@@ -8,7 +8,6 @@ themselves, `make demo` and `make test`: the targets must exist, and the demo is
 
 import ast
 import importlib
-import multiprocessing
 import os
 import re
 import shlex
@@ -16,7 +15,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from typer.testing import CliRunner
 
 from san_hf.cards import load_facts
 from san_hf.cli import app
+from tests.pages import blocks, run_in_a_fork
 
 
 ROOT = Path(__file__).parents[2]
@@ -32,14 +31,8 @@ README = ROOT / "README.md"
 SAMPLE = ROOT / "san_hf" / "checkpoints" / "picture-book" / "sample.png"
 
 
-def blocks() -> list[tuple[str | None, str, str]]:
-    """(mark, language, code) of each block in README.md."""
-    pattern = r"(?:<!-- test: (\w+) -->\s*\n)?^```(\w*)\n(.*?)^```$"
-    return re.findall(pattern, README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-
-
 def marked(mark: str) -> list[tuple[str, str]]:
-    return [(language, code) for found, language, code in blocks() if found == mark]
+    return [(language, code) for found, language, code in blocks(README) if found == mark]
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +51,9 @@ def workplace(tmp_path_factory):
 
 def test_every_block_says_how_it_is_tested():
     """Catches a command that is added to the README and never run."""
-    unmarked = [code for mark, language, code in blocks() if language in ("bash", "sh", "python") and not mark]
+    unmarked = [code for mark, language, code in blocks(README) if language in ("bash", "sh", "python") and not mark]
     assert not unmarked
-    assert {mark for mark, _, _ in blocks() if mark} <= {"run", "network", "make"}
+    assert {mark for mark, _, _ in blocks(README) if mark} <= {"run", "network", "make"}
     assert marked("run")
 
 
@@ -74,24 +67,6 @@ def test_blocks_run(workplace):
         program = ["bash", "-euo", "pipefail", "-c", code]
         done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
-
-
-def run_in_a_fork(code: str, folder: Path) -> None:
-    """Runs code in a process that has imported torch already: that takes seconds for each block."""
-    errors = multiprocessing.get_context("fork").SimpleQueue()
-
-    def run() -> None:
-        os.chdir(folder)
-        try:
-            exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-        except BaseException:
-            errors.put(traceback.format_exc())
-            raise
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0, f"{code}\n{errors.get() if not errors.empty() else process.exitcode}"
 
 
 def test_blocks_that_need_a_network():
