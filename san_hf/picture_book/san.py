@@ -1,21 +1,26 @@
 """A tiny SAN of the picture book: its training on pages with masks, on a frozen CLIP, with transformers' Trainer."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import CLIPTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import CLIPTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
 
+from san_hf.hub import from_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.picture_book.clip import PHOTO_SIZE, draw_all, normalize, to_array
 from san_hf.picture_book.objects import BASE, CLASS_NAMES, STUFF
 from san_hf.picture_book.scenes import PAGE_SIZE, draw_scene
+from san_hf.training.model import freeze_text_tower, trains_text
 from san_hf.training.optimization import parameter_groups
 
 
 SAN_LEARNING_RATE = 1e-3
+FINE_TUNING_RATE = SAN_LEARNING_RATE / 5  # as in the recipe `finetune`, whose rate is a fifth of the paper's
+BATCH_SIZE = 8
 # The configuration, see `SANConfig`.
 SAN: dict[str, Any] = {
     "image_size": PAGE_SIZE,
@@ -85,7 +90,7 @@ def train_san(
         clip_folder: a saved CLIP.
         processor: see [`build_processor`].
         pages: number of pages with masks.
-        steps: number of optimizer steps; a batch has 8 pages.
+        steps: number of optimizer steps; a batch has `BATCH_SIZE` pages.
         seed: of pages, weights, order and the loss's random points.
         **changes: values to replace in the configuration `SAN`, for ablations.
 
@@ -94,27 +99,97 @@ def train_san(
     """
     set_seed(seed)
     model = SANForSemanticSegmentation.from_clip(str(clip_folder), **SAN | changes)
-    # All of it: the paper trains CLIP's position embeddings, but here CLIP sees grids of the size it was trained on.
+    _freeze_vision_tower(model)
+    _train(model, processor, pages, steps, seed, SAN_LEARNING_RATE)
+    return model
+
+
+def fine_tune_san(
+    checkpoint: str | Path,
+    pages: int,
+    steps: int,
+    seed: int,
+    *,
+    freeze_clip: bool = True,
+    freeze_text: bool = True,
+    clip_learning_rate: float | None = None,
+    lora: dict[str, Any] | None = None,
+) -> tuple[SANForSemanticSegmentation, SANProcessor]:
+    """
+    Trains a SAN of the picture book further, on new pages of the same classes, by `FINE_TUNING_RATE`.
+
+    Args:
+        checkpoint: name or folder of the model.
+        pages, steps, seed: see [`train_san`]. The embedded checkpoint has seen the pages of seed 0.
+        freeze_clip: `False` trains CLIP's vision tower, too.
+        freeze_text: `False` trains the text tower and the temperature with it.
+        clip_learning_rate: of what is trained of CLIP or in it; `None` for `FINE_TUNING_RATE`.
+        lora: arguments of PEFT's `LoraConfig`, for LoRA weights in CLIP.
+
+    Returns:
+        The model in evaluation mode, float32, with base compositions and stuff as its vocabulary; and its processor.
+
+    Raises:
+        ImportError: for `lora`, PEFT isn't installed.
+    """
+    set_seed(seed)
+    model, processor = from_pretrained(checkpoint, freeze_clip=freeze_clip)
+    if freeze_clip:
+        _freeze_vision_tower(model)
+    if freeze_text:
+        freeze_text_tower(model)
+    if lora is not None:
+        from peft import LoraConfig
+
+        model.add_adapter(LoraConfig(**lora))
+    _train(model, processor, pages, steps, seed, FINE_TUNING_RATE, clip_learning_rate)
+    return model, processor
+
+
+def _freeze_vision_tower(model: SANForSemanticSegmentation) -> None:
+    """All of it. The paper trains its position embeddings, but here CLIP sees grids of the size it was trained on."""
     model.model.vision_model.requires_grad_(False)
-    model.set_vocabulary(list(Pages.classes), **processor(text=list(Pages.classes)))
-    arguments = TrainingArguments(
-        output_dir=str(clip_folder.parent / "san-training"),
-        max_steps=steps,
-        per_device_train_batch_size=8,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(100, steps // 3),
-        max_grad_norm=1.0,
-        seed=seed,
-        use_cpu=True,
-        remove_unused_columns=False,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=min(100, steps),
-        disable_tqdm=True,
-    )
-    optimizer = torch.optim.AdamW(parameter_groups(model), lr=SAN_LEARNING_RATE)
-    Trainer(model, arguments, train_dataset=Pages(pages, seed), optimizers=(optimizer, None)).train()
-    return model.eval()
+
+
+def _train(
+    model: SANForSemanticSegmentation,
+    processor: SANProcessor,
+    pages: int,
+    steps: int,
+    seed: int,
+    learning_rate: float,
+    clip_learning_rate: float | None = None,
+) -> None:
+    """Trains what isn't frozen, with the classes of `Pages` as vocabulary. The model is then in evaluation mode."""
+    classes = processor(text=list(Pages.classes), return_tensors="pt")
+    model.set_vocabulary(list(Pages.classes), **classes)
+    inputs = dict(classes) if trains_text(model) else {}
+    optimizer = torch.optim.AdamW(parameter_groups(model, clip_learning_rate=clip_learning_rate), lr=learning_rate)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(100, steps // 3),
+            max_grad_norm=1.0,
+            seed=seed,
+            use_cpu=True,
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=min(100, steps),
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            lambda examples: default_data_collator(examples) | inputs,
+            train_dataset=Pages(pages, seed),
+            optimizers=(optimizer, None),
+        )
+        trainer.train()
+    model.eval()
 
 
 def _draw_page(seed: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -68,9 +68,7 @@ def build_model(section: ModelSection, data: SegmentationDataset) -> tuple[SANFo
     processor.image_processor.ignore_index = data.ignore_index
     model.config.semantic_loss_ignore_index = data.ignore_index
     if section.freeze_text:
-        for part in (model.text_model, model.text_projection):
-            part.requires_grad_(False)
-        model.logit_scale.requires_grad_(False)
+        freeze_text_tower(model)
     set_vocabulary(model, processor, data.class_names)
     return model, processor
 
@@ -102,6 +100,13 @@ def set_vocabulary(model: SANForSemanticSegmentation, processor: SANProcessor, c
         model.set_vocabulary(class_names, **processor(text=class_names, return_tensors="pt"))
     except ValueError as error:
         raise ConfigError(f"The class names can't be used: {error}") from error
+
+
+def freeze_text_tower(model: SANForSemanticSegmentation) -> None:
+    """Freezes CLIP's text tower and temperature, so that classes have to be encoded only once."""
+    for part in (model.text_model, model.text_projection):
+        part.requires_grad_(False)
+    model.logit_scale.requires_grad_(False)
 
 
 def trains_text(model: SANForSemanticSegmentation) -> bool:

@@ -1,23 +1,28 @@
-"""Ablation of SAN's parts: mIoU on base compositions, which had masks in training, and on novel ones.
+"""Open-vocabulary transfer: mIoU on base compositions, which had masks in training, and on novel ones.
 
-It trains SAN on the picture book with one part changed at a time, on the same frozen CLIP, and prints a Markdown table.
+Two parts, each of which trains variants on the picture book and prints a Markdown table. `ablation` trains SAN with one
+of its parts changed at a time, on the same frozen CLIP. `fine-tuning` trains the embedded checkpoint further on base
+compositions: with CLIP frozen, with LoRA on it, and with CLIP trained.
 
     python scripts/benchmarks/open_vocabulary.py --clip outputs/picture-book/clip
     python scripts/benchmarks/open_vocabulary.py --clip ... --variants "full method" --check
+    python scripts/benchmarks/open_vocabulary.py --part fine-tuning
 
-The CLIP is the one that make_embedded_checkpoint.py leaves in its --work-dir; without --clip, one is trained first.
-Each result is written to --output as soon as a training ends, so the same command resumes after an interruption.
-`--check` compares with the committed results, and ends with status 1 if novel mIoU has fallen.
+The CLIP of `ablation` is the one that make_embedded_checkpoint.py leaves in its --work-dir; without --clip, one is
+trained first. Each result is written to --output as soon as a training ends, so the same command resumes after an
+interruption. `--check` compares with the committed results, and ends with status 1 if novel mIoU has fallen.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +31,15 @@ import torch
 from transformers import CLIPTokenizer
 
 from san_hf.files import write_file
+from san_hf.hub import from_pretrained
+from san_hf.hub.names import EMBEDDED_MODEL
+from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.picture_book.clip import train_clip, train_tokenizer
 from san_hf.picture_book.measure import VALIDATION_SEED, measure
-from san_hf.picture_book.san import build_processor, train_san
+from san_hf.picture_book.san import BATCH_SIZE, build_processor, fine_tune_san, train_san
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "full method": {},
     "no attention bias": {"num_bias_layers": 0},
     "no fusion": {"fusion_layers": []},
@@ -43,35 +51,79 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "a bias for each head": {"num_bias_heads": None},
     "a bias for each layer": {"num_bias_layers": 5},
 }
+# LoRA of all linear layers of CLIP's vision tower.
+LORA = {
+    "r": 8,
+    "lora_alpha": 8,
+    "target_modules": r"model\.vision_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
+}
+UNTRAINED = "before"
+FINE_TUNINGS: dict[str, dict[str, Any]] = {
+    UNTRAINED: {},
+    "CLIP frozen": {},
+    "LoRA on CLIP's vision tower": {"lora": LORA, "clip_learning_rate": 2e-3},
+    "CLIP's vision tower trained": {"freeze_clip": False},
+    "all of CLIP trained": {"freeze_clip": False, "freeze_text": False},
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is compared, and how long and how often each variant is trained by default."""
+
+    variants: dict[str, dict[str, Any]]
+    steps: int
+    seeds: tuple[int, ...]
+
+
+# The embedded checkpoint has seen the pages of seed 0.
+PARTS = {"ablation": Part(ABLATIONS, 400, (0,)), "fine-tuning": Part(FINE_TUNINGS, 200, (1, 2, 3))}
 COMMITTED = Path(__file__).with_suffix(".json")
 TOLERANCE = 5.0  # points of novel mIoU that may differ by chance
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=list(PARTS), default="ablation")
     parser.add_argument("--clip", type=Path, help="folder of the CLIP; default: train one, which takes up to an hour")
     parser.add_argument("--output", type=Path, default=Path("outputs/open-vocabulary.json"), help="file of results")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=400, help="of training, 8 pages each")
-    parser.add_argument("--pages", type=int, default=3200, help="with masks")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="default: all of the part")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0, and 1 2 3 for fine-tuning")
+    parser.add_argument("--steps", type=int, help="of training, 8 pages each; default: 400, and 200 for fine-tuning")
+    parser.add_argument("--pages", type=int, help="with masks; default: enough to see each once")
     parser.add_argument("--measured-pages", type=int, default=300, help="not those of the test set")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, with as many cores each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="trainings at a time, which share the threads")
     parser.add_argument("--check", action="store_true", help=f"compare with {COMMITTED.name}")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    part = PARTS[options.part]
+    options.variants = options.variants or list(part.variants)
+    if unknown := sorted(set(options.variants) - set(part.variants)):
+        parser.error(f"--part {options.part} has no variant {unknown}; it has {list(part.variants)}.")
+    options.seeds = options.seeds or list(part.seeds)
+    options.steps = options.steps or part.steps
+    options.pages = options.pages or BATCH_SIZE * options.steps
+    return options
 
 
-def run(clip_folder: Path, variant: str, seed: int, settings: dict[str, int], threads: int) -> dict[str, Any]:
+def train(
+    variant: str, seed: int, settings: dict[str, int], clip_folder: Path
+) -> tuple[SANForSemanticSegmentation, SANProcessor]:
+    """Trains one variant; the one before fine-tuning is the embedded checkpoint."""
+    pages, steps = settings["pages"], settings["steps"]
+    if variant in ABLATIONS:
+        processor = build_processor(CLIPTokenizer.from_pretrained(clip_folder))
+        return train_san(clip_folder, processor, pages, steps, seed, **ABLATIONS[variant]), processor
+    if variant == UNTRAINED:
+        return from_pretrained(EMBEDDED_MODEL)
+    return fine_tune_san(EMBEDDED_MODEL, pages, steps, seed, **FINE_TUNINGS[variant])
+
+
+def run(variant: str, seed: int, settings: dict[str, int], clip_folder: Path, threads: int) -> dict[str, Any]:
     """Trains and measures one variant."""
     torch.set_num_threads(threads)
-    processor = build_processor(CLIPTokenizer.from_pretrained(clip_folder))
-    model = train_san(clip_folder, processor, settings["pages"], settings["steps"], seed, **VARIANTS[variant])
-    return {
-        "variant": variant,
-        "seed": seed,
-        **settings,
-        **measure(model, processor, settings["measured_pages"], VALIDATION_SEED),
-    }
+    model, processor = train(variant, seed, settings, clip_folder)
+    metrics = measure(model, processor, settings["measured_pages"], VALIDATION_SEED)
+    return {"variant": variant, "seed": seed, **settings, **metrics}
 
 
 def run_all(todo: list[tuple], jobs: int) -> Iterator[dict[str, Any]]:
@@ -86,30 +138,36 @@ def run_all(todo: list[tuple], jobs: int) -> Iterator[dict[str, Any]]:
             yield future.result()
 
 
-def mean(results: Iterable[dict[str, Any]], variant: str) -> dict[str, float] | None:
-    """A variant's mIoU on base, novel and stuff classes, averaged over seeds; `None` if it has no results."""
-    rows = [row for row in results if row["variant"] == variant]
-    keys = ("base_miou", "novel_miou", "stuff_miou")
-    return {key: float(np.mean([row[key] for row in rows])) for key in keys} if rows else None
+def novel_miou(results: Iterable[dict[str, Any]], variant: str) -> float:
+    """A variant's mIoU on novel classes, averaged over seeds; nan if it has no results."""
+    values = [row["novel_miou"] for row in results if row["variant"] == variant]
+    return float(np.mean(values)) if values else math.nan
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table, in the order of VARIANTS."""
+def cell(values: Sequence[float]) -> str:
+    """The mean of a metric over seeds and, if there are several, its sample standard deviation."""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def table(results: Sequence[dict[str, Any]], variants: Iterable[str]) -> str:
+    """A Markdown table of those of the variants that have results."""
     lines = ["| variant | base | novel | novel / base | stuff |", "|:--|--:|--:|--:|--:|"]
-    for variant in VARIANTS:
-        if metrics := mean(results, variant):
-            base, novel, stuff = metrics.values()
-            lines.append(f"| {variant} | {base:.1f} | {novel:.1f} | {novel / max(base, 1e-9):.0%} | {stuff:.1f} |")
+    for variant in variants:
+        if rows := [row for row in results if row["variant"] == variant]:
+            base, novel, stuff = ([row[f"{kind}_miou"] for row in rows] for kind in ("base", "novel", "stuff"))
+            ratio = np.mean(novel) / max(np.mean(base), 1e-9)
+            lines.append(f"| {variant} | {cell(base)} | {cell(novel)} | {ratio:.0%} | {cell(stuff)} |")
     return "\n".join(lines)
 
 
-def regressions(results: list[dict[str, Any]], committed: list[dict[str, Any]]) -> list[str]:
+def regressions(results: Sequence[dict[str, Any]], committed: Sequence[dict[str, Any]]) -> list[str]:
     """A message for each variant whose novel mIoU is lower than committed, by more than `TOLERANCE` points."""
     found = []
-    for variant in VARIANTS:
-        now, before = mean(results, variant), mean(committed, variant)
-        if now and before and now["novel_miou"] < before["novel_miou"] - TOLERANCE:
-            found.append(f"{variant}: novel mIoU {now['novel_miou']:.1f}, was {before['novel_miou']:.1f}")
+    for variant in dict.fromkeys(row["variant"] for row in committed):
+        now, before = novel_miou(results, variant), novel_miou(committed, variant)
+        if now < before - TOLERANCE:
+            found.append(f"{variant}: novel mIoU {now:.1f}, was {before:.1f}")
     return found
 
 
@@ -117,7 +175,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
     settings = {"steps": options.steps, "pages": options.pages, "measured_pages": options.measured_pages}
     committed = json.loads(COMMITTED.read_text()) if options.check else []
-    if options.check and any(row[key] != value for row in committed for key, value in settings.items()):
+    committed = [row for row in committed if row["variant"] in PARTS[options.part].variants]
+    if any(row[key] != value for row in committed for key, value in settings.items()):
         sys.exit(f"Error: {COMMITTED.name} has results of other --steps, --pages or --measured-pages than {settings}.")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(options.output.read_text()) if options.output.exists() else []
@@ -126,23 +185,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = {"variant": variant, "seed": seed, **settings}
         return any(wanted.items() <= row.items() for row in results)
 
+    todo = [
+        (variant, seed)
+        for seed in options.seeds
+        for variant in options.variants
+        # What isn't trained is the same for all seeds.
+        if not done(variant, seed) and (variant != UNTRAINED or seed == options.seeds[0])
+    ]
     with tempfile.TemporaryDirectory() as temporary:
         clip_folder = options.clip
-        if clip_folder is None:
+        if clip_folder is None and options.part == "ablation":
             clip_folder = Path(temporary) / "clip"
             tokenizer = train_tokenizer()
             train_clip(tokenizer, seed=0).save_pretrained(clip_folder)
             tokenizer.save_pretrained(clip_folder)
-        todo = [(variant, seed) for seed in options.seeds for variant in options.variants if not done(variant, seed)]
-        threads = max(1, (os.cpu_count() or 1) // options.jobs)
-        for row in run_all([(clip_folder, *job, settings, threads) for job in todo], options.jobs):
+        threads = max(1, torch.get_num_threads() // options.jobs)
+        for row in run_all([(*training, settings, clip_folder, threads) for training in todo], options.jobs):
             results.append(row)
             write_file(options.output, json.dumps(results, indent=1) + "\n")
             print(json.dumps(row), file=sys.stderr, flush=True)
 
     chosen = [row for row in results if settings.items() <= row.items() and row["variant"] in options.variants]
-    print(table(chosen))
-    if options.check and (problems := regressions(chosen, committed)):
+    print(table(chosen, PARTS[options.part].variants))
+    if problems := regressions(chosen, committed):
         sys.exit("Open-vocabulary transfer has become worse:\n" + "\n".join(problems))
 
 
