@@ -1,5 +1,7 @@
 """Devices of torch by name, and what to do when their memory is too small."""
 
+import os
+
 import torch
 
 
@@ -25,3 +27,15 @@ def pick_device(name: str) -> torch.device:
             available += [f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count())]
         raise ValueError(f"There is no device {name!r} here; there is {', '.join(available)}.") from error
     return device
+
+
+def warn_of_threads(device: torch.device, cores: int | None = None) -> str:
+    """What to say where the processes of this machine have more threads than it has cores; else nothing."""
+    processes, threads = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.get_num_threads()
+    cores = cores or os.cpu_count() or 1
+    if device.type != "cpu" or processes == 1 or processes * threads <= cores:
+        return ""
+    return (
+        f"{processes} processes with {threads} threads each wait for each other on {cores} cores, up to 20 times as "
+        f"long: set OMP_NUM_THREADS={max(cores // processes, 1)}."
+    )

@@ -1,4 +1,4 @@
-"""Processes that torchrun or `accelerate launch` has started end with it, also when it is killed."""
+"""What a process of torchrun or `accelerate launch` knows of it: that it is killed, or started too few."""
 
 import os
 import sys
@@ -7,6 +7,11 @@ import time
 
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+ONE_FOR_SEVERAL = (
+    "accelerate launch was asked for several processes on CPUs, but starts a single one for itself on each machine. "
+    "Start them by torchrun: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m san_hf {command} ... (or, for a "
+    "single process, leave --num_processes and --num_machines out)."
+)
 
 
 def end_with_launcher() -> None:
@@ -16,6 +21,12 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch, args=(os.getppid(),), daemon=True, name="launcher watch").start()
+
+
+def one_for_several() -> bool:
+    """Whether this is the single process that `accelerate launch` starts where it is asked for several on CPUs."""
+    # Then it sets all that several processes need but their number.
+    return {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ
 
 
 def _watch(launcher: int) -> None:

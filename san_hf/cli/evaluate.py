@@ -55,6 +55,7 @@ from san_hf.cli.options import (
     TemplatesOption,
     ThresholdOption,
 )
+from san_hf.cli.processes import join_processes, leave_processes
 from san_hf.cli.vocabulary_options import colors_of_options, expansion_of_option, templates_of_options
 from san_hf.data.benchmarks import BENCHMARKS
 from san_hf.hub.names import EMBEDDED_MODEL
@@ -136,7 +137,7 @@ def evaluate(
     names = [model] if compare_with is None else [model, compare_with]
     for name in names:
         check_name(name)
-    accelerator = join_processes(device)
+    accelerator = join_processes(device, "evaluate")
     reading_options = {
         "image_column": image_column,
         "label_column": label_column,
@@ -189,10 +190,7 @@ def evaluate(
         print_reports(evaluation.reports, folders, per_class)
         for message in evaluation.broken:
             show(f"Left out: {message}", error=True)
-    evaluation.wait()  # a launcher ends them all when the first ends with status 1
-    if accelerator is not None:
-        accelerator.end_training()
-        accelerator.state.destroy_process_group()
+    leave_processes(accelerator)
     if evaluation.broken:
         raise typer.Exit(1)
 
@@ -287,28 +285,6 @@ class Evaluations:
         if evaluation.broken:
             settings["left_out"] = evaluation.broken
         return write_results(folder, evaluation, model=name, dataset=data.name, split=data.split, settings=settings)
-
-
-def join_processes(device: str) -> "Accelerator | None":
-    """
-    The accelerator of a run of several processes; `None` for a single one.
-
-    Raises:
-        ValueError: a device is named for all of them.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return None
-    from accelerate import Accelerator
-
-    from san_hf.devices import pick_device
-    from san_hf.launcher import end_with_launcher
-
-    end_with_launcher()
-    if device not in ("auto", "cpu"):
-        raise ValueError(f"Got --device {device} for several processes: each has its own, leave the option out.")
-    # Accelerate joins processes without a GPU only if it is told that CPUs are meant. The precision is --dtype's,
-    # whatever was set for Accelerate.
-    return Accelerator(cpu=pick_device(device).type == "cpu", mixed_precision="no")
 
 
 def load_data(sources: Sequence[str], split: str, reading_options: dict[str, Any]) -> "list[SegmentationDataset]":

@@ -27,6 +27,7 @@ from san_hf.cli.options import (
     TemplatesOption,
     ThresholdOption,
 )
+from san_hf.cli.processes import add_up, join_processes, leave_processes, on_main_process, part_of_process
 from san_hf.cli.segment_journal import Journal, model_facts, parse_shard
 from san_hf.cli.segment_options import (
     ClassesFileOption,
@@ -108,19 +109,24 @@ def segment(
 
     For example: `san-hf segment photo.jpg --classes "cat, grass, sky" --model san-vit-b-16`
 
+    Several processes, started by torchrun or `accelerate launch -m san_hf segment ...`, share the images.
+
     Ends with status 0 if all images were segmented, 1 if some were not, 2 if none was.
     """
     class_names = class_names_of_options(classes, classes_file)
     given_colors = colors_of_options(colors)
-    part = parse_shard(shard)
-    named = find_images(images, output)
-    sources = report_missing(named, classes)
+    accelerator = join_processes(device, "segment")
+    part = part_of_process(parse_shard(shard), accelerator)
+    is_main = accelerator is None or accelerator.is_main_process
+    # One list for all processes, whatever is added to a folder meanwhile.
+    named = on_main_process(accelerator, lambda: find_images(images, output))
+    sources = report_missing(named, classes, quiet=not is_main)
     missing = len(named) - len(sources)
     wanted = [choice.value for choice in formats]
     stems = paths_for([(*name.parts[:-1], name.stem) for _, name in sources], output)
     # The names are those of all images, whatever the part.
     jobs = [(Path(source), stem) for (source, _), stem in zip(sources, stems)][part[0] - 1 :: part[1]]
-    if not jobs:
+    if not jobs and accelerator is None:
         fail(f"There are no images for --shard {shard}: there are {len(sources)} in all.")
     options: dict[str, Any] = {
         "expand": expansion_of_option(expand),
@@ -139,30 +145,36 @@ def segment(
         [path for path, _ in jobs],
         [stem for _, stem in remaining],
         wanted,
-        overwrite or (resume and journal.path.exists()),
+        overwrite or (resume and journal.begun()),
     )
-    if save_vocabulary is not None:
+    if save_vocabulary is not None and is_main:
         check_vocabulary_file(save_vocabulary, overwrite or resume)
     make_folder(output)
-    if len(remaining) < len(jobs):
-        show(f"{len(jobs) - len(remaining)} of {len(jobs)} images are done already.")
-    if not remaining:
+    total, left = add_up(accelerator, len(jobs), len(remaining))
+    if left < total and is_main:
+        show(f"{total - left} of {total} images are done already.")
+    if not left:
         raise typer.Exit(1 if missing else 0)
-    options |= {"colors": given_colors, "confidence": "confidence" in wanted}
-    segmenter = load_segmenter(model, class_names, device, dtype.value, options)
-    if save_vocabulary is not None:
-        segmenter.vocabulary.with_options(colors=given_colors).save(save_vocabulary)
-        show(f"Wrote {printable(save_vocabulary)}")
-    if model == EMBEDDED_MODEL:
-        show(Text(EMBEDDED_NOTE, style="yellow"))
-    if "overlay" in wanted:
-        show_numbered(segmenter.class_names)
-
-    with journal.open(keep=resume) if len(jobs) > 1 else nullcontext() as opened:
-        failed = missing + segment_all(segmenter, remaining, wanted, model, opened, total=len(jobs))
+    failed = 0
+    if remaining:
+        options |= {"colors": given_colors, "confidence": "confidence" in wanted}
+        where = device if accelerator is None else str(accelerator.device)
+        segmenter = load_segmenter(model, class_names, where, dtype.value, options)
+        if is_main:
+            show_notes(segmenter, model, wanted)
+            if save_vocabulary is not None:
+                segmenter.vocabulary.with_options(colors=given_colors).save(save_vocabulary)
+                show(f"Wrote {printable(save_vocabulary)}")
+        with journal.open(keep=resume) if total > 1 else nullcontext() as opened:
+            failed = segment_all(
+                segmenter, remaining, wanted, model, opened, len(jobs), hidden=total == 1 or not is_main
+            )
+    failed = missing + add_up(accelerator, failed)[0]
+    if failed and is_main:
+        show(f"{failed} of {total + missing} images could not be segmented.", error=True)
+    leave_processes(accelerator)
     if failed:
-        show(f"{failed} of {len(jobs) + missing} images could not be segmented.", error=True)
-        raise typer.Exit(2 if failed == len(jobs) + missing else 1)
+        raise typer.Exit(2 if failed == total + missing else 1)
 
 
 def segment_all(
@@ -172,14 +184,15 @@ def segment_all(
     model: str,
     journal: Journal | None,
     total: int,
+    hidden: bool,
 ) -> int:
     """Segments images, of which others may be done already; how many could not be."""
     failed, done = 0, total - len(jobs)
-    with progress_bar(hidden=total == 1) as bar:
+    with progress_bar(hidden) as bar:
         task = bar.add_task("Segmenting", total=total, completed=done, speed="")
         try:
             for path, stem in jobs:
-                if not segment_one(segmenter, path, stem, formats, model, short=total > 1):
+                if not segment_one(segmenter, path, stem, formats, model, short=journal is not None):
                     failed += 1
                 else:
                     done += 1
@@ -194,13 +207,13 @@ def segment_all(
     return failed
 
 
-def report_missing(sources: list[tuple[str, Path]], classes: list[str] | None) -> list[tuple[str, Path]]:
-    """The images that exist; the others are said at once, before a model is loaded."""
+def report_missing(sources: list[tuple[str, Path]], classes: list[str] | None, quiet: bool) -> list[tuple[str, Path]]:
+    """The images that exist; the others are said at once, before a model is loaded, if this is not `quiet`."""
     missing = [source for source, _ in sources if not os.path.lexists(source)]
-    for source in missing:
+    for source in () if quiet else missing:
         show(f"Error: {printable(source)}: there is no such file.", error=True)
     words = [source for source in missing if not Path(source).suffix and os.sep not in source]
-    if words and classes:
+    if words and classes and not quiet:
         names = ", ".join([*classes, *words])
         show(f'Several class names are separated by commas, in quotes: --classes "{printable(names)}"', error=True)
     if len(missing) == len(sources) or (words and classes):
@@ -221,11 +234,13 @@ def segment_one(segmenter: "Segmenter", path: Path, stem: Path, formats: list[st
     return True
 
 
-def show_numbered(class_names: list[str]) -> None:
-    """Lists the names that overlays replace by numbers."""
+def show_notes(segmenter: "Segmenter", model: str, formats: list[str]) -> None:
+    """What the embedded model is, and the names that overlays replace by numbers."""
     from san_hf.legend import numbered_names, numbers_note
 
-    if numbered := numbered_names(class_names):
+    if model == EMBEDDED_MODEL:
+        show(Text(EMBEDDED_NOTE, style="yellow"))
+    if "overlay" in formats and (numbered := numbered_names(segmenter.class_names)):
         show(Text(printable(numbers_note(numbered)), style="yellow"))
 
 

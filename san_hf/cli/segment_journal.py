@@ -10,6 +10,9 @@ from san_hf.json_files import parse_json
 from san_hf.messages import printable
 
 
+_NAME = ".segment"
+
+
 class JournalError(ValueError):
     """A run can't go on with what is in its output folder; the message says why."""
 
@@ -42,30 +45,23 @@ class Journal:
     def __init__(self, output: Path, shard: tuple[int, int], settings: Mapping[str, Any]):
         number, count = shard
         self.output = output
-        self.path = output / (f".segment-{number}-of-{count}.jsonl" if count > 1 else ".segment.jsonl")
+        self.path = output / (f"{_NAME}-{number}-of-{count}.jsonl" if count > 1 else f"{_NAME}.jsonl")
         self.settings = parse_json(json_text(settings), "the settings")
         self._file: BinaryIO | None = None
 
     def resume(self) -> dict[str, Any]:
         """
         The facts of each image that was segmented, by output name, for [`is_done`]; empty where no run has begun.
+        Those of all shards, so that a run may go on in another number of them.
 
         Raises:
             JournalError: that run had other settings, or its journal can't be read.
         """
-        if not self.path.exists():
-            return {}
-        try:
-            # A kill may have cut the last line off.
-            lines = self.path.read_bytes().split(b"\n")[:-1]
-            header, *entries = [parse_json(line, "a line") for line in lines]
-            then, done = header["settings"], {entry["output"]: entry["image"] for entry in entries}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise JournalError(
-                f"'{printable(self.path)}', which says what was done, can't be read: {error}. Use --overwrite to begin "
-                "anew, or another --output."
-            ) from error
-        if changed := [name for name in {**then, **self.settings} if then.get(name) != self.settings.get(name)]:
+        journals = {path: self._read(path) for path in self._journals()}
+        same = [done for then, done in journals.values() if then == self.settings]
+        if journals and not same:
+            then, _ = journals.get(self.path) or next(iter(journals.values()))
+            changed = [name for name in {**then, **self.settings} if then.get(name) != self.settings.get(name)]
             differences = "; ".join(
                 f"{name} was {_short(then.get(name))} and is {_short(self.settings.get(name))}" for name in changed
             )
@@ -73,7 +69,27 @@ class Journal:
                 f"'{printable(self.output)}' was begun with other settings: {differences}. Resume with those, or use "
                 "another --output."
             )
-        return done
+        return {output: image for done in same for output, image in done.items()}
+
+    def begun(self) -> bool:
+        """Whether a run has begun in this folder."""
+        return bool(self._journals())
+
+    def _journals(self) -> list[Path]:
+        return sorted(self.output.glob(f"{_NAME}*.jsonl"))
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings of a journal, and the facts of its images."""
+        try:
+            # A kill may have cut the last line off.
+            lines = path.read_bytes().split(b"\n")[:-1]
+            header, *entries = [parse_json(line, "a line") for line in lines]
+            return dict(header["settings"]), {entry["output"]: entry["image"] for entry in entries}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JournalError(
+                f"'{printable(path)}', which says what was done, can't be read: {error}. Use --overwrite to begin "
+                "anew, or another --output."
+            ) from error
 
     def open(self, keep: bool) -> "Journal":
         """Begins to write; `keep` goes on with what is there. To be used with `with`."""

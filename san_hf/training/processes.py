@@ -1,7 +1,6 @@
 """A run's processes: how they were launched, what one does for all, and how they are asked to stop."""
 
 import math
-import os
 import platform
 import signal
 import time
@@ -10,11 +9,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, get_int_from_env
 
 from san_hf.files import new_folder
+from san_hf.launcher import ONE_FOR_SEVERAL, one_for_several
 from san_hf.messages import join_some
 
 from .config import ConfigError, TrainingConfig
@@ -82,13 +81,8 @@ def check_launch(accelerator: Accelerator, config: TrainingConfig) -> None:
             f"{accelerator.num_processes}. On CPUs set the variable ACCELERATE_USE_CPU=true; otherwise start them by "
             "accelerate launch or torchrun."
         )
-    if started is None and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
-        # Accelerate's launcher sets both, and starts one process, when it is asked for several on CPUs.
-        raise ConfigError(
-            "accelerate launch was asked for several processes on CPUs, but starts a single one for itself on each "
-            "machine. Start them by torchrun: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m san_hf train ... "
-            "(or, for a single process, leave --num_processes and --num_machines out)."
-        )
+    if started is None and one_for_several():
+        raise ConfigError(ONE_FOR_SEVERAL.format(command="train"))
     precision = config.training.mixed_precision
     if precision not in (None, accelerator.mixed_precision):
         raise ConfigError(
@@ -109,18 +103,6 @@ def check_launch(accelerator: Accelerator, config: TrainingConfig) -> None:
             f"configuration of DeepSpeed. Set training.gradient_accumulation={accelerator.gradient_accumulation_steps},"
             " or change it there."
         )
-
-
-def warn_of_threads(device: torch.device, cores: int | None = None) -> str:
-    """What to say where the processes of this machine have more threads than it has cores; else nothing."""
-    processes, threads = get_int_from_env(["LOCAL_WORLD_SIZE"], 1), torch.get_num_threads()
-    cores = cores or os.cpu_count() or 1
-    if device.type != "cpu" or processes == 1 or processes * threads <= cores:
-        return ""
-    return (
-        f"\n{processes} processes with {threads} threads each wait for each other on {cores} cores, up to 20 times as "
-        f"long: set OMP_NUM_THREADS={max(cores // processes, 1)}."
-    )
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 
 from san_hf.data import SegmentationDataset
 from san_hf.data.fingerprint import Fingerprint
+from san_hf.devices import warn_of_threads
 from san_hf.evaluation.evaluator import Evaluation, evaluate
 from san_hf.evaluation.pictures import draw_kept
 from san_hf.files import new_file
@@ -33,7 +34,7 @@ from .errors import TrainingError
 from .folder import RunFolder
 from .model import build_model, check_base, check_start, set_vocabulary, trains_text
 from .optimization import parameter_groups, polynomial_schedule
-from .processes import check_launch, check_shared, new_shared_folder, on_main_process, warn_of_threads
+from .processes import check_launch, check_shared, new_shared_folder, on_main_process
 from .run_card import card_facts, measured
 from .run_log import RunLog, check_trackers
 from .sharding import check_engine, is_spread, keep_loading_whole, prepare_for_engine, whole_model
@@ -176,7 +177,7 @@ class Run:
             f"{accelerator.device.type}{processes}, precision {accelerator.mixed_precision}; "
             f"{self.steps} steps of {config.training.batch_size} images"
             + (f". The log lacks {self._lost_steps} of the steps taken before" if self._lost_steps else "")
-            + warn_of_threads(accelerator.device)
+            + f"\n{warn_of_threads(accelerator.device)}".rstrip()
         )
 
     def save(self) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from san_hf.cli import app
 from san_hf.inference import Segmentation, Segmenter
+from tests.forks import Run
 
 
 COUNT = 6
@@ -167,3 +168,50 @@ def test_equal_segmentations():
         Segmentation(image.resize((2, 3)), label_map.reshape(3, 2), ["sky", "grass"]),
     ]
     assert all(one != other for other in others) and one != "sky"
+
+
+def segment_here(*arguments) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["segment", "in", *arguments], env={"COLUMNS": "300"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_processes_share_the_images(job, model_folder):
+    """
+    Images of two processes or of none; a process that ends with a status while another is at work, which a launcher
+    then kills; a run that goes on in another number of processes from the beginning.
+    """
+    options = ["--model", str(model_folder), "--classes", "cat, grass, sky", "-f", "json", "-f", "png-labels"]
+    job("-o", "whole")
+    outcomes = Run(segment_here, *options, "-o", "shared", processes=2).outcomes()
+    assert [status for status, _ in outcomes] == [0, 0]
+    written = [{line.split(" -> ")[0] for line in output.splitlines() if " -> " in line} for _, output in outcomes]
+    assert written == [{f"in/{number}.png" for number in range(first, COUNT, 2)} for first in (0, 1)]
+    assert labels("shared") == labels("whole")
+    assert job("-o", "shared", "--resume")[1] == []
+
+    Path("in/3.png").write_bytes(b"no image")
+    os.remove("shared/0.labels.png")
+    assert job("-o", "shared", "--resume", status=1)[1] == ["0.png", "3.png"]
+    first, second = Run(segment_here, *options, "-o", "shared", "--resume", processes=2).outcomes()
+    assert (first[0], second[0]) == (1, 1)
+    assert "5 of 6 images are done already" in first[1] and "1 of 6 images could not be segmented" in first[1]
+    assert "in/3.png" in second[1] and "could not be segmented" not in second[1]
+
+
+def test_processes_with_a_device_for_all():
+    """Two processes on one GPU, and the others idle."""
+    for error, message in Run(segment_here, "--device", "cuda:0", processes=2).outcomes():
+        assert (error, message) == (
+            2,
+            "Error: Got --device cuda:0 for several processes: each has its own, leave the option out.\n",
+        )
+
+
+def test_a_single_process_for_several(job, monkeypatch):
+    """Machines that each segment all images, as accelerate launch starts one process for itself on CPUs."""
+    for variable, value in {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}.items():
+        monkeypatch.setenv(variable, value)
+    output, done = job(status=2)
+    assert "torchrun --nproc_per_node 2 -m san_hf segment" in output and done == []

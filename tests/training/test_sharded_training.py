@@ -15,10 +15,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel, _optim_utils, fully
 from torch.distributed.fsdp._common_utils import _FSDPDeviceHandle
 from torch.distributed.fsdp._flat_param import FlatParamHandle
 
+from san_hf.devices import warn_of_threads
 from san_hf.modeling import SANForSemanticSegmentation
 from san_hf.training.config import ConfigError, TrainingConfig
 from san_hf.training.loop import train
-from san_hf.training.processes import check_launch, check_shared, warn_of_threads
+from san_hf.training.processes import check_launch, check_shared
 from san_hf.training.sharding import check_engine
 from tests.forks import Run
 from tests.tiny import tiny_config
