@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import eager_attention_forward
+from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings, eager_attention_forward
+
+from .positions_san import resize_positions
 
 
 RECOGNITION_ATTENTION = "san_recognition"
@@ -50,7 +52,7 @@ def recognition_attention_forward(
     Returns:
         (B, 1 + N + R, h, head_dim), and no weights.
     """
-    deep_config = cast(CLIPVisionConfig, module.config)  # made by `hook_attention_bias`
+    deep_config = cast(CLIPVisionConfig, module.config)  # made by `prepare_clip`
     implementation = deep_config.image_config._attn_implementation
     image_attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     if attention_mask is None:
@@ -87,19 +89,32 @@ def recognition_attention_forward(
 AttentionInterface.register(RECOGNITION_ATTENTION, recognition_attention_forward)
 
 
-def hook_attention_bias(vision_model: CLIPVisionModel, recognition_layer: int) -> None:
+def prepare_clip(vision_model: CLIPVisionModel, recognition_layer: int) -> None:
     """
-    Makes the deep layers of a stock `CLIPVisionModel` use [`recognition_attention_forward`], in place.
+    Makes the deep layers of a stock `CLIPVisionModel` use [`recognition_attention_forward`], and its embeddings
+    [`ResizingEmbeddings`], in place.
 
     Transformers picks a layer's attention function by its configuration. The deep layers get a copy that names ours and
     remembers the model's own (`image_config`), so that `set_attn_implementation` still decides how the image tokens
     attend, at any time.
     """
+    vision_model.embeddings.__class__ = ResizingEmbeddings
     deep_config: Any = copy.copy(vision_model.config)
     deep_config._attn_implementation = RECOGNITION_ATTENTION
     deep_config.image_config = vision_model.config
     for layer in vision_model.encoder.layers[recognition_layer:]:
         layer.get_submodule("self_attn").config = deep_config
+
+
+class ResizingEmbeddings(CLIPVisionEmbeddings):
+    """CLIP's embedding of patches and positions, whose size no branch depends on: it exports for all sizes."""
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Position embeddings of the class token and of the patches of an image: (1, 1 + Hc * Wc, W)."""
+        positions = self.position_embedding.weight[None]
+        patch_size = cast(int, self.patch_size)
+        patches = resize_positions(positions[:, 1:], (height // patch_size, width // patch_size))
+        return torch.cat([positions[:, :1], patches], dim=1)
 
 
 def encode_shallow(
@@ -129,18 +144,36 @@ def encode_shallow(
     return feature_maps, hidden_states
 
 
+def max_pool(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """
+    `F.adaptive_max_pool2d`: (B, C, Hs, Ws) -> (B, C, Hc, Wc).
+
+    Exported programs have no such operator for sizes that they don't know yet. There, the windows' rows are gathered
+    and then their columns, and the largest of each window is taken: equal to the bit, if slower.
+    """
+    if not torch.compiler.is_exporting():
+        return F.adaptive_max_pool2d(maps, grid)
+    for dim, out_size in zip((2, 3), grid):
+        size = maps.shape[dim]
+        window = torch.arange(out_size, device=maps.device)
+        start, end = window * size // out_size, ((window + 1) * size + out_size - 1) // out_size
+        steps = torch.arange((size + out_size - 1) // out_size + 1, device=maps.device)  # of the longest window
+        inside = torch.minimum(start[:, None] + steps, end[:, None] - 1)  # shorter ones repeat their last
+        maps = maps.index_select(dim, inside.flatten()).unflatten(dim, inside.shape).amax(dim + 1)
+    return maps
+
+
 def pool_attention_bias(attention_bias: torch.Tensor, grid: tuple[int, int], pooling: str) -> torch.Tensor:
     """Brings the attention bias (B, n, heads, Q, Hs, Ws) to CLIP's grid and flattens it: (B, n, heads, Q, N)."""
     maps = attention_bias.flatten(1, 3)  # (B, n * heads * Q, Hs, Ws)
-    if maps.shape[-2:] != grid:
-        if pooling == "max":
-            maps = F.adaptive_max_pool2d(maps, grid)
-        elif pooling == "avg":
-            maps = F.adaptive_avg_pool2d(maps, grid)
-        elif pooling == "nearest":
-            maps = F.interpolate(maps, size=grid, mode="nearest")
-        else:
-            maps = F.interpolate(maps, size=grid, mode=pooling, align_corners=False)
+    if pooling == "max":
+        maps = max_pool(maps, grid)
+    elif pooling == "avg":
+        maps = F.adaptive_avg_pool2d(maps, grid)
+    elif pooling == "nearest":
+        maps = F.interpolate(maps, size=grid, mode="nearest")
+    else:
+        maps = F.interpolate(maps, size=grid, mode=pooling, align_corners=False)
     return maps.flatten(2).unflatten(1, attention_bias.shape[1:4])
 
 
@@ -156,7 +189,7 @@ def recognize(
     Runs CLIP's deep layers with recognition tokens beside the image's, each steered by its attention bias.
 
     Args:
-        vision_model: the stock CLIP vision encoder, prepared by [`hook_attention_bias`].
+        vision_model: the stock CLIP vision encoder, prepared by [`prepare_clip`].
         hidden_states: the tokens after the shallow layers, (B, 1 + N, W).
         recognition_tokens: (B, R, W). They are independent of each other, so those of several supervised layers can
             share the pass.
@@ -170,9 +203,8 @@ def recognize(
     """
     num_tokens = recognition_tokens.shape[1]
     # Beside the patches, a recognition token sees itself only.
-    itself = torch.full(
-        (num_tokens, num_tokens), float("-inf"), dtype=attention_bias.dtype, device=attention_bias.device
-    ).fill_diagonal_(0.0)
+    token = torch.arange(num_tokens, device=attention_bias.device)
+    itself = torch.where(token[:, None] == token, 0.0, float("-inf")).to(attention_bias.dtype)
     mask = torch.cat([attention_bias, itself.expand(*attention_bias.shape[:4], num_tokens)], dim=-1)
     masks = mask.to(hidden_states.dtype).unbind(1)  # n x (B, h or 1, R, N + R)
 

@@ -34,7 +34,7 @@ from transformers.utils.generic import can_return_tuple
 from .adapter_folder_san import HUB_ARGUMENTS, complete_with_base, find_lora, find_side_adapter
 from .adapters_san import SideAdapterMixin
 from .base_clip_san import CLIP_PARTS, clip_name, find_commit
-from .clip_recognition_san import encode_shallow, hook_attention_bias, pool_attention_bias, recognize
+from .clip_recognition_san import encode_shallow, pool_attention_bias, prepare_clip, recognize
 from .configuration_checks_san import check_carried_names
 from .configuration_san import SANConfig
 from .loss_san import (
@@ -250,7 +250,7 @@ class SANModel(SANPreTrainedModel):
         vision_config = config.clip_vision_config
         # By itself it would take the dtype that its own configuration was saved with, whatever was asked for.
         self.vision_model = CLIPVisionModel._from_config(vision_config, dtype=torch.get_default_dtype())
-        hook_attention_bias(self.vision_model, config.recognition_layer)
+        prepare_clip(self.vision_model, config.recognition_layer)
         self.visual_projection = nn.Linear(vision_config.hidden_size, config.clip_embed_dim, bias=False)
         self.side_adapter = SideAdapter(config)
         self.mask_decoder = MaskDecoder(config)

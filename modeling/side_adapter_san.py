@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from .configuration_san import SANConfig
+from .positions_san import resize_positions
 
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -131,14 +132,15 @@ class SideAdapter(nn.Module):
     def __init__(self, config: SANConfig):
         super().__init__()
         self.config = config
-        self.position_grid = config.image_size // config.patch_size
         patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
         self.patch_embedding = starting_uniform(patch_embedding, weight=1.0, bias=1.0)
         self.query_tokens = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
         self.query_position_embeddings = nn.Parameter(torch.empty(1, config.num_queries, config.hidden_size))
-        self.position_embeddings = nn.Parameter(torch.empty(1, self.position_grid**2, config.hidden_size))
+        self.position_embeddings = nn.Parameter(
+            torch.empty(1, (config.image_size // config.patch_size) ** 2, config.hidden_size)
+        )
         depth = config.num_hidden_layers
         self.layers = nn.ModuleList(
             SideAdapterLayer(config, config.drop_path_rate * i / max(depth - 1, 1)) for i in range(depth)
@@ -148,12 +150,7 @@ class SideAdapter(nn.Module):
 
     def embed_positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings of the queries and of the patches on `grid`: (1, Q + Hs * Ws, Ca)."""
-        patches: torch.Tensor = self.position_embeddings
-        if grid != (self.position_grid, self.position_grid):
-            # (1, N, Ca) -> (1, Ca, side, side) -> (1, Ca, Hs, Ws) -> (1, Hs * Ws, Ca)
-            square = patches.transpose(1, 2).unflatten(2, (self.position_grid, self.position_grid))
-            patches = F.interpolate(square, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
-        return torch.cat([self.query_position_embeddings, patches], dim=1)
+        return torch.cat([self.query_position_embeddings, resize_positions(self.position_embeddings, grid)], dim=1)
 
     def fuse(
         self, layer: int, hidden_states: torch.Tensor, clip_feature_maps: list[torch.Tensor], grid: tuple[int, int]

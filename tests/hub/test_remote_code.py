@@ -156,6 +156,7 @@ def test_folder_carries_its_code_and_nothing_else(folder):
         "modeling_san.py",
         "outputs_san.py",
         "pipeline_san.py",
+        "positions_san.py",
         "post_processing_san.py",
         "processing_san.py",
         "prompts_san.py",

@@ -1,0 +1,58 @@
+"""No image size is special: nothing of the forward pass, nor of a program exported from it, is bound to one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.export import Dim
+
+from san_hf.modeling.clip_recognition_san import max_pool
+from san_hf.modeling.positions_san import resize_positions
+from tests.tiny import relative_difference
+
+
+# (batch, height, width): the side adapter's grid and CLIP's that position embeddings are laid out for (64 x 64), sides
+# that no grid divides, more and fewer images.
+SIZES = [(1, 64, 64), (3, 40, 120), (2, 65, 47), (4, 128, 100), (1, 200, 72)]
+
+
+class VisionOnly(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        outputs = self.model.encode_images(pixel_values)
+        return outputs.masks_queries_logits, outputs.mask_embeds, outputs.attention_bias
+
+
+@torch.no_grad()
+def test_exported_program_runs_at_other_sizes_and_batches(model):
+    """A size or a batch that the trace bakes in; an operator that exporters can't take for sizes they don't know."""
+    model = VisionOnly(model)
+    sizes = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    program = torch.export.export(model, (torch.randn(2, 3, 56, 88),), dynamic_shapes=(sizes,))
+    operators = {str(node.target) for node in program.graph.nodes}
+    assert not any("adaptive_max_pool" in name or "fill_diagonal" in name for name in operators)
+    exported = program.module()
+    for batch, height, width in SIZES:
+        pixel_values = torch.randn(batch, 3, height, width)
+        for got, expected in zip(exported(pixel_values), model(pixel_values)):
+            assert relative_difference(got, expected) <= 1e-5, (batch, height, width)
+
+
+@pytest.mark.parametrize("size", [(40, 54), (7, 11), (3, 5), (1, 2)])
+@pytest.mark.parametrize("grid", [(20, 27), (32, 43), (3, 5), (1, 1), (1, 2)])
+def test_exported_max_pooling_is_the_stock_one(size, grid, monkeypatch):
+    """A window that begins or ends a row too early or too late."""
+    maps = torch.randn(2, 3, *size)
+    expected = F.adaptive_max_pool2d(maps, grid)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert torch.equal(max_pool(maps, grid), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_positions_of_their_own_size_are_unchanged_to_the_bit(dtype):
+    positions = torch.randn(1, 64, 24).to(dtype)
+    assert torch.equal(resize_positions(positions, (8, 8)), positions)
+    assert resize_positions(positions, (5, 11)).shape == (1, 55, 24)
