@@ -37,7 +37,7 @@ setup(
             "*.pyi",
             "*/*.pyi",
             "README.md",
-            "*/README.md",
+            "*/*.md",
             "checkpoints/**/*",
             "conversion/*.gz",
             "training/recipes/*.yaml",

@@ -201,9 +201,9 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         ):
             raise ValueError(f"Got threshold={threshold!r}, expected a score between 0 and 1.")
         if candidate_labels is not None:
-            candidate_labels = check_class_names(candidate_labels, "candidate_labels")
+            candidate_labels = self._read_class_names(candidate_labels, "candidate_labels")
         if expansion is not None:
-            expansion = check_class_names(expansion, "expansion")
+            expansion = self._read_class_names(expansion, "expansion")
         forward: dict[str, Any] = {
             "candidate_labels": candidate_labels,
             "expansion": expansion,
@@ -216,6 +216,10 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             {name: value for name, value in part.items() if value is not None} for part in parts
         )
         return preprocess, forward, postprocess
+
+    def _read_class_names(self, source: Any, what: str) -> list[str]:
+        """The names in `candidate_labels` or `expansion`, which where the package is installed may have other forms."""
+        return check_class_names(source, what)
 
     def preprocess(self, image, timeout: float | None = None) -> dict[str, Any]:  # type: ignore[override]
         name = f"the image {os.fspath(image)!r:.200}" if isinstance(image, str | os.PathLike) else "an image"

@@ -30,6 +30,7 @@ def register_auto_classes() -> None:
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.pipelines import PIPELINE_REGISTRY
 
+    from san_hf.inference.pipeline import OpenVocabularySegmentationPipeline
     from san_hf.modeling import (
         SANConfig,
         SANForSemanticSegmentation,
@@ -38,7 +39,7 @@ def register_auto_classes() -> None:
         SANModel,
         SANProcessor,
     )
-    from san_hf.modeling.pipeline_san import TASK, OpenVocabularySegmentationPipeline, SANImageSegmentationPipeline
+    from san_hf.modeling.pipeline_san import TASK, SANImageSegmentationPipeline
 
     AutoConfig.register(SANConfig.model_type, SANConfig)
     AutoModel.register(SANConfig, SANModel)

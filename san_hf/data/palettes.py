@@ -16,7 +16,7 @@ from .errors import DataError
 
 
 IGNORED = "ignore"
-# Cityscapes' 19 evaluated classes in the order of their train ids (cityscapesscripts/helpers/labels.py). All others are
+# Cityscapes' evaluated classes in the order of its vocabulary (cityscapesscripts/helpers/labels.py). All others are
 # ignored there; but "polegroup" has the colour of "pole", and "license plate" that of "car".
 _CITYSCAPES = (
     "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e 000046 003c64 "

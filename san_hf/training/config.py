@@ -199,6 +199,11 @@ class EvaluationSection(Section):
     pictures: int = resumable_field(
         4, "Validation images drawn with their predictions for the trackers and in `pictures/`.", ge=0
     )
+    colors: dict[str, Any] | str | None = resumable_field(
+        None,
+        "Colours of classes in these drawings, by name, such as `{sky: '#87ceeb', road: grey}`; or a file of "
+        "them, as `san-hf segment --colors` takes it. Other classes have those of their names.",
+    )
 
 
 class CheckpointSection(Section):

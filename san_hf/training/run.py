@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from san_hf.colors import parse_color, read_colors
 from san_hf.data import SegmentationDataset
 from san_hf.data.fingerprint import Fingerprint
 from san_hf.devices import warn_of_threads
@@ -24,11 +25,12 @@ from san_hf.inference import Vocabulary
 from san_hf.launcher import end_with_launcher
 from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation
+from san_hf.paths import expand_path
 
 from .augmentation import TrainingTransform
 from .checkpoint import leave_out_clip, list_checkpoints, load_checkpoint, note_evaluation, save_checkpoint
 from .collator import SegmentationCollator
-from .config import ConfigError, TrainingConfig
+from .config import ConfigError, EvaluationSection, TrainingConfig
 from .data import load_training_data
 from .errors import TrainingError
 from .folder import RunFolder
@@ -78,6 +80,7 @@ class Run:
         set_seed(config.seed)
 
         check_start(config.model)
+        self.colors = read_own_colors(config.evaluation)
         self.data, self.validation = load_training_data(config.data, config.seed)
         model, self.processor = build_model(config.model, self.data)
         if config.checkpoints.adapter_only:
@@ -340,7 +343,7 @@ class Run:
     ) -> None:
         titles = {index: results.examples[index].name for index in drawn}
         columns = {f"step {self.step}": results.examples}
-        picture = draw_kept(columns, titles, validation.class_names, validation.ignore_index)
+        picture = draw_kept(columns, titles, validation.class_names, validation.ignore_index, self.colors)
         folder = self.output / "pictures"
         folder.mkdir(exist_ok=True)
         for path in (folder / f"step-{self.step:08d}.png", *([self.output / RUN_PICTURE] if best else [])):
@@ -382,3 +385,19 @@ class Run:
         results = self.progress.get("results") if self.progress["evaluated"] == self.step else None
         title = self.output.resolve().name
         return card_facts(self.config, model.config, title, self.step, self.data, results)
+
+
+def read_own_colors(section: EvaluationSection) -> dict[str, tuple[int, int, int]]:
+    """
+    Colours by class name, for drawings.
+
+    Raises:
+        ConfigError: a colour that is none, or a file that can't be read.
+    """
+    given = section.colors or {}
+    try:
+        if isinstance(given, str):
+            return read_colors(expand_path(given))
+        return {name: parse_color(color, name) for name, color in given.items()}
+    except ValueError as error:
+        raise ConfigError(f"evaluation.colors can't be used: {error}") from error

@@ -1,4 +1,8 @@
-"""Class names of the benchmarks SAN is evaluated on, as the original evaluates them, in the order of the labels."""
+"""Class names of benchmarks, in the order of the labels.
+
+Those of the benchmarks that SAN is evaluated on are as the original evaluates them; Cityscapes' are its evaluated
+classes in the order of their train ids (cityscapesscripts/helpers/labels.py).
+"""
 
 import json
 from importlib import resources
@@ -26,7 +30,7 @@ def load_class_ids(name: str) -> list[int]:
     """
     Ids of a benchmark's classes in its owners' annotations; label i is the i-th:
     for COCO-Stuff the category id (its pixel maps hold the id - 1), for ADE20K-847 the object id, for Pascal
-    Context-59 the id among the 459 classes; otherwise they are 1, 2, 3, ...
+    Context-59 the id among the 459 classes, for Cityscapes the label id; otherwise they are 1, 2, 3, ...
 
     Raises:
         ValueError: `name` is none of `VOCABULARIES`.

@@ -15,6 +15,7 @@ SIZES = {
     "pascal-context-59": 59,
     "pascal-context-459": 459,
     "voc": 20,
+    "cityscapes": 19,
 }
 
 
@@ -34,6 +35,8 @@ def test_labels_and_ids():
     ade = dict(zip(load_vocabulary("ade20k-847"), load_class_ids("ade20k-847")))
     assert (ade["wall"], ade["building, edifice"], ade["sky"]) == (2978, 312, 2420)
     assert load_vocabulary("ade20k-150")[:3] == ["wall", "building", "sky"] and load_class_ids("ade20k-150")[0] == 1
+    cityscapes = list(zip(load_class_ids("cityscapes"), load_vocabulary("cityscapes")))
+    assert cityscapes[0] == (7, "road") and cityscapes[11] == (24, "person") and cityscapes[-1] == (33, "bicycle")
     assert load_vocabulary("voc")[0] == "aeroplane" and load_vocabulary("voc")[-1] == "tv"
 
 

@@ -20,9 +20,9 @@ from transformers import (
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.pipelines.pt_utils import KeyDataset
 
-from san_hf import Predictor, SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+from san_hf import Predictor, SANForSemanticSegmentation, SANImageProcessor, SANProcessor, load_vocabulary
+from san_hf.inference.pipeline import OpenVocabularySegmentationPipeline
 from san_hf.modeling import SANModel
-from san_hf.modeling.pipeline_san import OpenVocabularySegmentationPipeline
 from tests.tiny import segmenting_model, tiny_config
 
 
@@ -105,6 +105,24 @@ def test_expansion_threshold_and_label_map(model, processor, images, segmenter):
         assert len(NAMES) in seen and len(seen) > 1
     with pytest.raises(ValueError, match="class of the name 'other'"):
         segmenter(images[0], candidate_labels=["Other", "sky"], threshold=0.2)
+
+
+def test_forms_of_class_names(images, segmenter, tmp_path):
+    """A form that the rest of the package takes and the pipeline doesn't, or reads as other names."""
+    (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    expected = segmenter(images[0], candidate_labels=NAMES, return_label_map=True)
+    for form in (tmp_path / "names.txt", str(tmp_path / "names.txt"), {1: NAMES[1], 0: NAMES[0], 2: NAMES[2]}):
+        result = segmenter(images[0], candidate_labels=form, return_label_map=True)
+        assert result["id2label"] == expected["id2label"]
+        assert_same(result["segments_info"], expected["segments_info"])
+    result = segmenter(images[0], candidate_labels="voc", return_label_map=True)
+    assert list(result["id2label"].values()) == load_vocabulary("voc")
+    for expansion, names in (("coco", "coco-stuff"), ("voc", "voc")):
+        results = [
+            segmenter(images[0], candidate_labels=NAMES, expansion=form, return_label_map=True)
+            for form in (expansion, load_vocabulary(names))
+        ]
+        assert torch.equal(results[0]["segmentation"], results[1]["segmentation"])
 
 
 def test_forms_of_images(images, segmenter, tmp_path):
@@ -220,7 +238,9 @@ def test_carried_vocabulary(processor, images, segmenter, tmp_path, passes):
         ({"candidate_labels": "sky, grass"}, r"expected a list of class names: \['sky', 'grass'\]"),
         ({"candidate_labels": ["sky", " "]}, "Got a blank class name at position 1 of candidate_labels"),
         ({"candidate_labels": ["sky", 3]}, "Got 3 at position 1 of candidate_labels"),
-        ({"candidate_labels": NAMES, "expansion": "coco"}, r"Got expansion='coco', expected a list"),
+        ({"candidate_labels": NAMES, "expansion": "cocoa"}, r"Got expansion='cocoa', expected a list"),
+        ({"candidate_labels": "nowhere.txt"}, "The class list 'nowhere.txt'|'nowhere.txt' can't be read"),
+        ({"candidate_labels": "scene.safetensors"}, "Got a vocabulary as candidate_labels.*san_hf.Segmenter"),
         ({"candidate_labels": NAMES, "threshold": 1.5}, "Got threshold=1.5, expected a score between 0 and 1"),
         ({"candidate_labels": NAMES, "threshold": "0.5"}, "Got threshold='0.5', expected a score between 0 and 1"),
         ({"candidate_labels": NAMES, "threshold": float("nan")}, "Got threshold=nan"),

@@ -702,3 +702,20 @@ def test_nothing_is_computed_twice(root, tmp_path):
     assert images == 3 * 3  # evaluations x validation images
     assert examples == 3 * 3 + 1  # and one, when the data set is opened, to see whether it has labels
     assert len(list((tmp_path / "run" / "pictures").glob("step-*.png"))) == 3
+
+
+def test_own_colors(root, tmp_path):
+    """Catches drawings in other colours than those that were given, and a wrong one that is found after hours."""
+    (tmp_path / "colors.txt").write_text("sky=#010203\ntree=#040506\n")
+    for name, given in (("mapping", "{sky: '#010203', tree: [4, 5, 6]}"), ("file", str(tmp_path / "colors.txt"))):
+        output = tmp_path / name
+        options = ["training.steps=1", "evaluation.pictures=3", f"evaluation.colors={given}"]
+        assert Run(train, configure(root, output, *options)).outcomes() == [output / "final"]
+        (picture,) = (output / "pictures").glob("step-*.png")
+        colors = {color for _, color in Image.open(picture).convert("RGB").getcolors(1 << 24)}
+        assert {(1, 2, 3), (4, 5, 6)} <= colors, name
+    wrong = (("{sky: blu}", "'blu' as the colour of 'sky'"), ("nowhere.txt", "nowhere.txt' can't be read"))
+    for given, message in wrong:
+        with pytest.raises(ConfigError, match=f"evaluation.colors can't be used: .*{message}"):
+            train(configure(root, tmp_path / "wrong", f"evaluation.colors={given}"))
+        assert not (tmp_path / "wrong").exists()
