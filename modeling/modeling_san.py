@@ -54,10 +54,11 @@ from .outputs_san import (
 from .pipeline_san import custom_pipelines
 from .push_san import CompletePushMixin
 from .side_adapter_san import AttentionBiasScaling, MaskDecoder, SideAdapter
+from .text_tree_san import encode_prompts, hook_text_tree
 
 
-# Prompts that go through the text tower at once: bounds memory for large vocabularies.
-TEXT_BATCH_SIZE = 1024
+# Prompts that are encoded together: bounds memory for large vocabularies.
+TEXT_BATCH_SIZE = 16384
 
 
 class SANPreTrainedModel(PreTrainedModel):
@@ -391,6 +392,7 @@ class SANForSemanticSegmentation(CompletePushMixin, SideAdapterMixin, SANPreTrai
         text_config, embed_dim = config.clip_text_config, config.clip_embed_dim
         self.model = SANModel(config)
         self.text_model = CLIPTextModel._from_config(text_config, dtype=torch.get_default_dtype())
+        hook_text_tree(self.text_model)
         self.text_projection = nn.Linear(text_config.hidden_size, embed_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.clip_logit_scale))
         self.no_object_embed = nn.Parameter(torch.empty(1, embed_dim))
@@ -483,11 +485,13 @@ class SANForSemanticSegmentation(CompletePushMixin, SideAdapterMixin, SANPreTrai
                     f"input_ids hold prompts without CLIP's end-of-text token ({eos_token_id}), off which their "
                     "embedding is read. Use the tokenizer that belongs to the checkpoint."
                 )
-        embeds = [
-            F.normalize(self.text_projection(self.text_model(input_ids=prompts).pooler_output), dim=-1)
-            for prompts in input_ids.flatten(0, 1).split(TEXT_BATCH_SIZE)
-        ]
-        return F.normalize(torch.cat(embeds).unflatten(0, input_ids.shape[:2]).mean(dim=1), dim=-1)
+        num_templates = input_ids.shape[1]
+        class_embeds = []
+        for classes in input_ids.split(max(1, TEXT_BATCH_SIZE // num_templates)):
+            prompts = encode_prompts(self.text_model, classes.flatten(0, 1))
+            embeds = F.normalize(self.text_projection(prompts), dim=-1)
+            class_embeds.append(F.normalize(embeds.unflatten(0, (-1, num_templates)).mean(dim=1), dim=-1))
+        return torch.cat(class_embeds)
 
     @torch.no_grad()
     def set_vocabulary(

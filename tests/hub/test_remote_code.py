@@ -163,6 +163,7 @@ def test_folder_carries_its_code_and_nothing_else(folder):
         "push_san.py",
         "side_adapter_san.py",
         "text_san.py",
+        "text_tree_san.py",
         "upload_san.py",
     }
     config = json.loads((folder / "config.json").read_text())
