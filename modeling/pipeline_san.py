@@ -16,6 +16,7 @@ from transformers.pipelines.base import Pipeline
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 from .adapter_folder_san import active_lora
+from .fast_linear_san import fast_linear
 from .image_input_san import attempt, open_image
 from .processing_san import SANProcessor
 from .text_san import check_class_names, clean_text
@@ -258,12 +259,13 @@ class OpenVocabularySegmentationPipeline(Pipeline):
                 torch.cat([items[index][key] for index in indices]) for key in ("pixel_values", "image_sizes")
             )
             options = {} if side_adapter is None else {"side_adapter": side_adapter}
-            outputs = self.model(
-                pixel_values=pixel_values.to(self.model.dtype),
-                image_sizes=image_sizes,
-                class_embeds=class_embeds,
-                **options,
-            )
+            with fast_linear(self.model.device):
+                outputs = self.model(
+                    pixel_values=pixel_values.to(self.model.dtype),
+                    image_sizes=image_sizes,
+                    class_embeds=class_embeds,
+                    **options,
+                )
             maps = self.image_processor.post_process_semantic_segmentation(
                 outputs,
                 target_sizes=[items[index]["target_size"] for index in indices],

@@ -16,6 +16,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from san_hf.inference.vocabulary import LABEL_OPTIONS, Autocast, ClassNames, Vocabulary
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+from san_hf.modeling.fast_linear_san import fast_linear
 from san_hf.modeling.post_processing_san import LabelledPixels, MaskPrediction, label_pixels
 from san_hf.vocabularies.files import is_vocabulary_file
 
@@ -249,7 +250,7 @@ class Predictor:
         """The same view of several images of one shape."""
         pixel_values = torch.cat([view["pixel_values"] for view in inputs])
         image_sizes = torch.cat([view["image_sizes"] for view in inputs])
-        with self.autocast():
+        with fast_linear(self.model.device), self.autocast():
             outputs = self.model.encode_images(pixel_values.to(self.model.device, self.model.dtype))
         return [
             EncodedView(

@@ -21,6 +21,7 @@ from san_hf.hub import push_folder
 from san_hf.messages import escape_markdown, join_some
 from san_hf.modeling import SANForSemanticSegmentationOutput, SANProcessor
 from san_hf.modeling.card_san import CARD_FILE, describe_contents
+from san_hf.modeling.fast_linear_san import fast_linear
 from san_hf.training.augmentation import TrainingTransform
 from san_hf.training.run_card import CLASSES_LISTED, is_on_the_hub, name_in_text
 from san_hf.training.sharding import check_engine, give_temperature_a_dimension
@@ -262,6 +263,11 @@ class SANTrainer(Trainer):
             counts = self.accelerator.reduce(counts.to(device), "sum")
             batches = [{**batch, "target_counts": counts} for batch in batches]
         return batches, num_items
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """[`Trainer.training_step`], by the faster library's float32 products on a CPU."""
+        with fast_linear(self.args.device):
+            return super().training_step(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card of the model in `output_dir`: what was trained on, how, and what was measured of it."""

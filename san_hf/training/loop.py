@@ -11,6 +11,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 
 from san_hf.data import DataError
+from san_hf.modeling.fast_linear_san import fast_linear
 
 from .config import TrainingConfig
 from .errors import PeerError, TrainingError
@@ -47,6 +48,7 @@ def train(config: TrainingConfig, resume: bool = False) -> Path | None:
         run = Run(config, folder, resume)
         stop, log = stack.enter_context(StopRequest()), stack.enter_context(run.open_log())
         log.say(run.describe())
+        stack.enter_context(fast_linear(run.accelerator.device))
         batches = iter(run.loader)
         clock = Clock(config.training.batch_size, run.steps - run.step)
         run.model.train()

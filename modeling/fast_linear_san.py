@@ -1,0 +1,83 @@
+"""Float32 linear layers on a CPU by the library that is faster there, where it is as exact.
+
+PyTorch sends float32 products to MKL, which runs at half speed on processors that aren't Intel's, unless it is told
+that less precision will do: then they go to oneDNN. What oneDNN makes of that leave depends on the processor: with
+bfloat16 matrix units (AMX) it takes it, elsewhere it computes in float32 as before. So the error is measured.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from threading import Lock
+
+import torch
+import torch.nn.functional as F
+
+
+# Of a product's largest value. Float32 gives about 1e-6, TF32 5e-4, bfloat16 4e-3.
+MAX_ERROR = 1e-5
+
+
+# What PyTorch's setting was before each block that is running, in any thread: there is one setting for the process.
+_settings: list[str] = []
+_lock = Lock()
+
+
+@contextmanager
+def fast_linear(device: torch.device | str) -> Iterator[None]:
+    """
+    Within the block, float32 matrix products on the CPU are computed by oneDNN, if a measurement of its error (once in
+    a process, a few milliseconds) finds it as exact as float32. Results differ by float32's rounding only.
+
+    PyTorch's setting for it, `torch.backends.mkldnn.matmul.fp32_precision`, belongs to the process: other threads have
+    it too, meanwhile. When all have left such blocks it is what it was.
+
+    Args:
+        device: the model's. The block changes nothing unless it is the CPU.
+    """
+    if torch.device(device).type != "cpu" or not is_exact():
+        yield
+        return
+    with _lock:
+        _settings.append(_set_precision("bf16"))
+    try:
+        yield
+    finally:
+        with _lock:
+            _set_precision(_settings.pop())
+
+
+@cache
+def is_exact() -> bool:
+    """Whether oneDNN, allowed to use less, computes float32 products in float32 on this processor."""
+    return torch.backends.mkldnn.is_available() and measure_error() <= MAX_ERROR
+
+
+@torch.inference_mode()
+def measure_error() -> float:
+    """The largest error of oneDNN's products when it may use less than float32, each in terms of its largest value."""
+    generator = torch.Generator().manual_seed(0)
+    expected = _products(generator, torch.float64)
+    generator.manual_seed(0)
+    with _lock:
+        setting = _set_precision("bf16")
+        try:
+            got = _products(generator, torch.float32)
+        finally:
+            _set_precision(setting)
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, expected))
+
+
+def _products(generator: torch.Generator, dtype: torch.dtype) -> list[torch.Tensor]:
+    """A product of each kind: linear layer, batch of matrices, and transposed matrices as in a backward pass."""
+    shapes = ((2, 160, 512), (2, 512, 160), (768, 512), (768,))
+    inputs, others, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return [F.linear(inputs, weight, bias), inputs @ others, inputs[0].T @ inputs[1]]
+
+
+def _set_precision(setting: str) -> str:
+    """Sets what oneDNN may compute float32 matrix products in, and returns what it was."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # the module puts an object in its own place
+    before = matmul.fp32_precision
+    matmul.fp32_precision = setting
+    return before
