@@ -1,3 +1,4 @@
+from .bulk import SegmentationWorker, list_jobs
 from .predictor import EncodedImage, EncodedView, Predictor, PreparedImage
 from .segmentation import Segmentation
 from .segmenter import Segmenter
@@ -9,7 +10,9 @@ __all__ = [
     "Predictor",
     "PreparedImage",
     "Segmentation",
+    "SegmentationWorker",
     "Segmenter",
     "Vocabulary",
     "VocabularyError",
+    "list_jobs",
 ]
