@@ -10,7 +10,7 @@ from typing import TypedDict, cast
 import torch
 from transformers.utils import ModelOutput
 
-from .post_processing_san import MaskPrediction, label_pixels
+from .label_maps_san import MaskPrediction, label_pixels
 
 
 @dataclass
@@ -129,7 +129,8 @@ class SANForSemanticSegmentationOutput(ModelOutput):
         for mask, logits, patch, size in zip(masks, classes, patches.tolist(), sizes.tolist()):
             grid = (mask.shape[-2], mask.shape[-1])
             prediction = MaskPrediction.from_logits(mask, logits, tuple(patch), tuple(size), grid)
-            scores.append(cast(torch.Tensor, label_pixels([prediction], return_scores=True).scores))
+            pixels = label_pixels([prediction], return_scores=True, return_confidence=False)
+            scores.append(cast(torch.Tensor, pixels.scores))
         return torch.stack(scores).clamp(min=torch.finfo(torch.float32).tiny).log()
 
     def __getitem__(self, key):

@@ -17,7 +17,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from san_hf.inference.vocabulary import LABEL_OPTIONS, Autocast, ClassNames, Vocabulary
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling.fast_linear_san import fast_linear
-from san_hf.modeling.post_processing_san import LabelledPixels, MaskPrediction, label_pixels
+from san_hf.modeling.label_maps_san import LabelledPixels, MaskPrediction, label_pixels
 from san_hf.vocabularies.files import is_vocabulary_file
 
 
@@ -191,15 +191,19 @@ class Predictor:
         Raises:
             ValueError: the model's outputs are not finite, or it carries no vocabulary and none is given.
         """
-        return [pixels.labels for pixels in self.classify_pixels(encoded, vocabulary)]
+        return [pixels.labels for pixels in self.classify_pixels(encoded, vocabulary, return_confidence=False)]
 
     @torch.inference_mode()
     def classify_pixels(
-        self, encoded: Sequence[EncodedImage], vocabulary: Vocabulary | None = None
+        self,
+        encoded: Sequence[EncodedImage],
+        vocabulary: Vocabulary | None = None,
+        return_confidence: bool = True,
+        dtype: torch.dtype = torch.int64,
     ) -> list[LabelledPixels]:
         """
-        As [`Predictor.classify`], with a confidence for each pixel: `labels`, (H, W) int64, and `confidence`, (H, W)
-        float32.
+        As [`Predictor.classify`], with a confidence for each pixel: `labels`, (H, W) int64 or another `dtype` that
+        holds them, and `confidence`, (H, W) float32, or `None` without `return_confidence`, which is faster.
 
         SAN's score of a class at a pixel is a sum over queries, of the class's probability for a query times the
         query's mask, and so has no upper bound. The confidence is the highest score, divided by the sum of the scores
@@ -209,7 +213,7 @@ class Predictor:
         """
         vocabulary = self.vocabulary() if vocabulary is None else vocabulary
         classifier = self.model.build_classifier(class_embeds=vocabulary.class_embeds)
-        labelled = []
+        labelled, unchecked = [], []
         for image in encoded:
             predictions = []
             for view in image.views:
@@ -225,7 +229,19 @@ class Predictor:
                         view.mirrored,
                     )
                 )
-            labelled.append(label_pixels(predictions, vocabulary.num_labels, vocabulary.threshold))
+            labelled.append(
+                label_pixels(
+                    predictions,
+                    vocabulary.num_labels,
+                    vocabulary.threshold,
+                    return_confidence=return_confidence,
+                    dtype=dtype,
+                )
+            )
+            unchecked += predictions if self.model.device.type != "cpu" else []
+        # Only now, as it waits for an accelerator to finish.
+        for prediction in unchecked:
+            prediction.check()
         return labelled
 
     def __call__(

@@ -140,16 +140,20 @@ class Segmenter:
 
     def _segment(self, batch: Sequence[AnyImage]) -> list[Segmentation]:
         images = [load_image(image) for image in batch]
-        labelled = self.predictor.classify_pixels(self.predictor.encode(images), self.vocabulary)
-        dtype = np.uint8 if len(self.vocabulary.class_names) <= 256 else np.uint16
+        count = len(self.vocabulary.class_names)
+        # The smallest that holds all labels: torch has next to no operators for unsigned 16-bit integers.
+        dtype = torch.uint8 if count <= 2**8 else torch.int16 if count <= 2**15 else torch.int32
+        labelled = self.predictor.classify_pixels(
+            self.predictor.encode(images), self.vocabulary, return_confidence=self.confidence, dtype=dtype
+        )
         return [
             Segmentation(
                 image,
-                pixels.labels.cpu().numpy().astype(dtype),
+                pixels.labels.cpu().numpy().astype(np.uint8 if count <= 2**8 else np.uint16, copy=False),
                 self.class_names,
                 self.vocabulary.has_other,
                 {**self.vocabulary.colors, **self.colors},
-                pixels.confidence.cpu().numpy() if self.confidence else None,
+                None if pixels.confidence is None else pixels.confidence.cpu().numpy(),
             )
             for image, pixels in zip(images, labelled)
         ]

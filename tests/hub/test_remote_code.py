@@ -153,6 +153,7 @@ def test_folder_carries_its_code_and_nothing_else(folder):
         "image_input_san.py",
         "image_processing_san.py",
         "image_sizes_san.py",
+        "label_maps_san.py",
         "loss_san.py",
         "modeling_san.py",
         "outputs_san.py",
