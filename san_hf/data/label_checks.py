@@ -74,7 +74,9 @@ def _check_absent(data: SegmentationDataset, occurs: np.ndarray, some: str, igno
             f"{absent[0]!r} never occurs ({some}). If {_WHITE} means {absent[0]!r}, give label_palette=binary; if it "
             f"means no label, say so by ignore_index={_WHITE}."
         )
-    hint = f" Masks in black and white need a label_palette, a file that says what {_WHITE} means." * black_and_white
+    hint = f" Masks in black and white need a label_palette, a file that says what {_WHITE} means." * bool(
+        black_and_white
+    )
     notify(
         f"{data.name}: classes that never occur in {some} of {data.split}, while {data.ignore_index}, which stands for "
         f"no label, does: {join_some(map(repr, absent))}.{hint}"

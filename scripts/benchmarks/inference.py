@@ -1,93 +1,250 @@
-"""Time of SAN at full size, with random weights: text encoding, forward pass, post-processing; and peak memory.
+"""Time and memory of SAN at full size, against the method in its plain form, with random weights.
 
-    python scripts/benchmarks/inference.py --release san-vit-b-16 --device cuda --dtype bfloat16
+    python scripts/benchmarks/inference.py --model b16 --what all --json results.json
+    python scripts/benchmarks/inference.py --model b16 l14 --what image post --classes 20 171 --dtype bfloat16
+    python scripts/benchmarks/inference.py --readme        # measures nothing: the committed rows into README.md
 
-The time does not depend on the weights, so no checkpoint is needed. Each run prints one line of JSON.
+Each row alternates, in one process, ours with `plain.py`, which stands for what the original costs; checks that both
+give the same; and prints the median of each, the ratio, and the peak memory of a process of its own that does only
+ours (on a GPU, the GPU's). On standard error it says what share of the machine's fastest matrix product that is.
+
+    forward       the vision pass, 640 x 853 pixels
+    text          class names in 14 templates through the text tower, for the first time
+    text-again    the same names in a new process
+    post          post-processing to --size, of what a trained model gives: 30 classes present, most queries no object
+    post-uniform  the same where all classes are about as likely: the worst case
+    image         a photograph of --size, from its pixels to its label map
+    new-names     other names for an encoded photograph, against a whole call of ours (not of the plain form)
+    folder        photographs in files to label maps in files, --images of them
+    train         a training step on two crops of 640 x 640: loss, backward, optimizer
+    evaluate      evaluation of --images photographs with label maps
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from cases import CASES, MODELS, Case, Setup
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from san_hf.conversion import RELEASES, clip_tokenizer
-from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
-from san_hf.vocabularies import load_vocabulary
+from san_hf.files import write_file
 
 
-def parse_arguments() -> argparse.Namespace:
+ROOT = Path(__file__).resolve().parents[2]
+COMMITTED = Path(__file__).with_suffix(".json")
+README = ROOT / "README.md"
+# Around the table in README.md
+BLOCK = ("<!-- scripts/benchmarks/inference.json, as inference.py --readme writes it -->\n", "<!-- end -->\n")
+KEYS = ("model", "what", "classes", "dtype", "runtime", "ours_s", "plain_s", "ratio", "peak_bytes", "agrees")
+RUNTIMES = ("torch",)  # of the vision pass
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--release", choices=sorted(RELEASES), default="san-vit-b-16")
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["b16"])
+    parser.add_argument("--what", nargs="+", choices=[*CASES, "all"], default=["all"])
+    parser.add_argument("--classes", nargs="+", type=int, metavar="N", help="where they count; default: each row's own")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16", "float16"], default=["float32"])
+    parser.add_argument("--runtime", nargs="+", choices=RUNTIMES, default=["torch"], help="of the vision pass")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--attn-implementation", choices=["sdpa", "eager"], default="sdpa")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--height", type=int, default=640, help="of the network's input, in pixels")
-    parser.add_argument("--width", type=int, default=864)
-    parser.add_argument("--vocabulary", default="coco-stuff", help="class names to encode")
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="the median of these is reported")
-    return parser.parse_args()
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of label maps: 1200 1600")
+    parser.add_argument("--images", type=int, default=4, help="in a folder")
+    parser.add_argument("--repeats", type=int, default=5, help="of which the median counts; a first run never does")
+    parser.add_argument("--seconds", type=float, default=60, help="after which a row isn't repeated any more")
+    parser.add_argument("--no-peak", dest="peak", action="store_false", help="without peak memory: less to wait for")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to add the rows, in place of older ones")
+    parser.add_argument("--readme", action="store_true", help="measure nothing: write the committed table to README.md")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # ours, once, in this process
+    options = parser.parse_args(argv)
+    for name in ("threads", "images", "repeats", *(["classes"] if options.classes else [])):
+        if min(value if isinstance(value := getattr(options, name), list) else [value]) < 1:
+            parser.error(f"--{name} must be at least 1.")
+    return options
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    torch.manual_seed(0)
-    config = RELEASES[arguments.release].config()
-    model = SANForSemanticSegmentation(config).eval().to(device, getattr(torch, arguments.dtype))
-    model.set_attn_implementation(arguments.attn_implementation)
-    processor = SANProcessor(image_processor=SANImageProcessor(), tokenizer=clip_tokenizer())
-
-    def median_ms(function: Callable[[], object]) -> float:
-        times = []
-        for i in range(arguments.warmup + arguments.repeats):
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            if i >= arguments.warmup:
-                times.append(1e3 * (time.perf_counter() - start))
-        return round(statistics.median(times), 2)
-
-    names = load_vocabulary(arguments.vocabulary)
-    text = processor(text=names).to(device)
-    pixel_values = torch.randn(arguments.batch_size, 3, arguments.height, arguments.width, device=device)
-    forward = torch.compile(model) if arguments.compile else model
-    with torch.inference_mode():
-        class_embeds = model.get_class_embeds(**text)
-        outputs = forward(pixel_values, class_embeds=class_embeds)
-        sizes = [(arguments.height, arguments.width)] * arguments.batch_size
-        outputs.image_sizes = torch.tensor(sizes)
-        result = vars(arguments) | {
-            "device_name": name_of(device),
-            "torch": torch.__version__,
-            "classes": len(names),
-            "text_ms": median_ms(lambda: model.get_class_embeds(**text)),
-            "forward_ms": median_ms(lambda: forward(pixel_values, class_embeds=class_embeds)),
-            "post_process_ms": median_ms(
-                lambda: processor.post_process_semantic_segmentation(outputs, target_sizes=sizes)
-            ),
-        }
-    if device.type == "cuda":
-        result["peak_memory_mib"] = round(torch.cuda.max_memory_allocated(device) / 2**20)
-    else:
-        result["peak_memory_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
-    print(json.dumps(result))
-
-
-def name_of(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+
+
+def seconds(function: Callable[[], Any], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def peak_of_process() -> int:
+    """Bytes that this process held at most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss begins at what the process held that started this one
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_alone(case: Case, device: str) -> dict[str, float]:
+    """Seconds and peak bytes of ours, in this process."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    taken = seconds(case.ours, device)
+    peak = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_of_process()
+    return {"seconds": taken, "peak_bytes": peak}
+
+
+def in_new_process(options: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
+    """[`run_alone`] in a process that does nothing else."""
+    command = [sys.executable, __file__, "--alone"]
+    for name in ("model", "what", "classes", "dtype", "runtime"):
+        if row[name] is not None:
+            command += [f"--{name}", str(row[name])]
+    command += ["--device", options.device, "--threads", str(options.threads), "--images", str(options.images)]
+    if options.size:
+        command += ["--size", *map(str, options.size)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout)
+
+
+def count_flops(function: Callable[[], Any]) -> tuple[Any, int]:
+    """What the function returns, and the floating point operations of its matrix products."""
+    # The counter knows no fused attention on a CPU, but the products that it is made of.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        result = function()
+    return result, counter.get_total_flops()
+
+
+def measure(case: Case, options: argparse.Namespace, row: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The row with what was measured, and ours' floating point operations."""
+    device = options.device
+    got, flops = count_flops(case.ours)
+    row["agrees"] = bool(case.agree(got, case.plain()))
+    del got
+    times: tuple[list[float], list[float]] = ([], [])
+    until = time.perf_counter() + options.seconds
+    while not times[0] or (len(times[0]) < options.repeats and time.perf_counter() < until):
+        times[0].append(in_new_process(options, row)["seconds"] if case.new_process else seconds(case.ours, device))
+        times[1].append(case.scale * seconds(case.plain, device))
+    row["ours_s"], row["plain_s"] = (round(statistics.median(taken), 6) for taken in times)
+    row["ratio"] = round(row["plain_s"] / row["ours_s"], 3)
+    row["peak_bytes"] = None
+    if options.peak:
+        alone = run_alone(case, device) if device.startswith("cuda") else in_new_process(options, row)
+        row["peak_bytes"] = int(alone["peak_bytes"])
+    return {key: row[key] for key in KEYS}, flops
+
+
+def matrix_peak(dtype: str, device: str, threads: int) -> float:
+    """
+    Floating point operations per second in square matrix products, by the fastest library that there is for the dtype:
+    torch's own choice (MKL's float32 on most CPUs), oneDNN's float32, NumPy's OpenBLAS.
+    """
+    side = 8192 if device.startswith("cuda") else 2048
+
+    def rate(matrix: torch.Tensor) -> float:
+        return 2 * side**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(5))
+
+    matrix = torch.rand(side, side, device=device)
+    rates = [rate(matrix)]
+    if device == "cpu":
+        exact, precision = matrix @ matrix, torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")
+        # Some processors then compute in bfloat16.
+        if ((matrix @ matrix - exact).abs().max() <= 1e-5 * exact.abs().max()).item():
+            rates.append(rate(matrix))
+        torch.set_float32_matmul_precision(precision)
+        program = f"import numpy, time\nx = numpy.ones(({side}, {side}), 'float32')\n"
+        program += (
+            "def product():\n    start = time.perf_counter()\n    x @ x\n    return time.perf_counter() - start\n"
+        )
+        program += "print(min(product() for _ in range(5)))"
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
+        rates.append(2 * side**3 / float(done.stdout))
+    if dtype != "float32":
+        rates.append(rate(matrix.to(getattr(torch, dtype))))
+    return max(rates)
+
+
+def rows(options: argparse.Namespace) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """The rows that are asked for, made one by one."""
+    wanted = list(CASES) if "all" in options.what else [what for what in CASES if what in options.what]
+    for model in options.model:
+        for runtime in options.runtime:
+            for dtype in options.dtype:
+                setup = Setup(options, model, dtype, runtime)
+                for what in wanted:
+                    make, counts = CASES[what]
+                    for classes in counts if counts == (None,) else options.classes or counts:
+                        row = {"model": model, "what": what, "classes": classes, "dtype": dtype, "runtime": runtime}
+                        yield make(setup, classes), row
+
+
+def table(measured: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = ["| model | what | classes | dtype | runtime | ours | plain | ratio | peak memory |"]
+    lines.append("|:--|:--|--:|:--|:--|--:|--:|--:|--:|")
+    for row in measured:
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f} GB"
+        ratio = f"{row['ratio']:.1f}x" + ("" if row["agrees"] else " (differs)")
+        classes = "" if row["classes"] is None else row["classes"]
+        names = f"| {row['model']} | {row['what']} | {classes} | {row['dtype']} | {row['runtime']} "
+        lines.append(f"{names}| {row['ours_s']:.3g} s | {row['plain_s']:.3g} s | {ratio} | {peak} |")
+    return "\n".join(lines) + "\n"
+
+
+def add_rows(path: Path, measured: list[dict[str, Any]]) -> None:
+    """Adds rows to the file, in place of those of the same model, work, classes, dtype and runtime."""
+
+    def key(row: dict[str, Any]) -> tuple:
+        return tuple(row[name] for name in KEYS[:5])
+
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    merged = {key(row): row for row in (*known, *measured)}
+    lines = ",\n".join(json.dumps(row) for row in merged.values())
+    write_file(path, f"[\n{lines}\n]\n".encode())
+
+
+def write_readme() -> None:
+    page = README.read_text(encoding="utf-8")
+    before, rest = page.split(BLOCK[0])
+    after = rest.split(BLOCK[1], 1)[1]
+    committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
+    write_file(README, (before + BLOCK[0] + table(committed) + BLOCK[1] + after).encode())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_arguments(argv)
+    if options.readme:
+        return write_readme()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        options.scratch = Path(scratch)
+        if options.alone:
+            ((case, _),) = rows(options)
+            return print(json.dumps(run_alone(case, options.device)))
+        peaks = {dtype: matrix_peak(dtype, options.device, options.threads) for dtype in options.dtype}
+        measured = []
+        for case, row in rows(options):
+            done, flops = measure(case, options, row)
+            measured.append(done)
+            peak = peaks[done["dtype"]]
+            share = f"{flops / done['ours_s'] / peak:.0%} of the {peak / 1e9:.0f} GFLOP/s of a matrix product"
+            print(f"{json.dumps(done)} {flops / 1e9:.1f} GFLOP: {share}", file=sys.stderr)
+            if options.json:
+                add_rows(options.json, [done])
+    print(table(measured), end="")
 
 
 if __name__ == "__main__":
