@@ -20,6 +20,7 @@ from PIL import Image
 from san_hf.conversion import RELEASES, clip_tokenizer
 from san_hf.inference import Predictor, Segmenter, Vocabulary
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANImageProcessor, SANProcessor
+from san_hf.modeling.fast_linear_san import fast_linear
 from san_hf.vocabularies import load_vocabulary
 
 
@@ -222,7 +223,7 @@ def text(setup: Setup, classes: int) -> Case:
 
     @torch.inference_mode()
     def ours() -> torch.Tensor:
-        return model.get_class_embeds(**processor(text=names).to(setup.device))
+        return Vocabulary.encode(model, processor, names).class_embeds
 
     @torch.inference_mode()
     def plainly() -> torch.Tensor:
@@ -386,8 +387,12 @@ def train(setup: Setup, classes: int) -> Case:
         flat = [torch.cat([part.flatten() for part in parts[1:]]) for parts in (got, expected)]
         return setup.close(got[0], expected[0]) and setup.close(*flat)
 
+    def ours() -> list[torch.Tensor]:
+        with fast_linear(setup.device):  # as trainings do
+            return step(lambda: model(pixel_values, class_embeds=class_embeds, labels=labels).loss)
+
     return Case(
-        lambda: step(lambda: model(pixel_values, class_embeds=class_embeds, labels=labels).loss),
+        ours,
         lambda: step(lambda: plain.loss(model, pixel_values, class_embeds, labels, ignore)),
         agree,
     )

@@ -72,7 +72,7 @@ def side_adapter(model: SANModel, pixel_values: torch.Tensor, clip_maps: list[to
     config, adapter = model.config, model.side_adapter
     patches = adapter.patch_embedding(pixel_values)
     grid = (patches.shape[-2], patches.shape[-1])
-    side = adapter.position_grid
+    side = config.image_size // config.patch_size
     positions = as_map(adapter.position_embeddings, (side, side))
     if grid != (side, side):
         positions = F.interpolate(positions, size=grid, mode="bicubic", align_corners=False)
