@@ -130,8 +130,8 @@ def complete_with_base(
         clip = load_base(name, revision=revision, **hub_options)
     except OSError as error:
         raise OSError(
-            f"'{adapter_file}' is a side adapter on the CLIP '{name}', which can't be loaded: {error} If that CLIP is "
-            "elsewhere, say where with base_model=."
+            f"'{adapter_file}' is a side adapter on the CLIP '{name}', which can't be loaded: "
+            f"{' '.join(str(error).split())} If that CLIP is elsewhere, say where with base_model=."
         ) from error
     base = select_clip(clip.state_dict())
     check_base(config, base, f"'{name}'")

@@ -8,7 +8,7 @@ import typer
 
 from san_hf.cli.console import quiet_libraries, show
 from san_hf.files import json_text
-from san_hf.messages import for_terminal, join_some, printable
+from san_hf.messages import for_terminal, join_some, notify, printable
 
 
 class Format(str, Enum):
@@ -39,10 +39,19 @@ def adapters(
 
     For example: `san-hf adapters runs/`
     """
-    from san_hf.hub.adapters import list_side_adapters
+    from san_hf.hub.adapters import NoSideAdapter, list_side_adapters
 
     quiet_libraries()
-    found = [info for name in names for info in list_side_adapters(name, revision=revision)]
+    found, failures = [], []
+    for name in names:
+        try:
+            found += list_side_adapters(name, revision=revision)
+        except NoSideAdapter as error:  # a whole model among others: runs/*
+            failures.append(error)
+    if not found:
+        raise failures[0]
+    for failure in failures:
+        notify(str(failure))
     if format is Format.json:
         typer.echo(for_terminal(json_text([dataclasses.asdict(info) for info in found], indent=2)))
         return

@@ -10,6 +10,10 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from huggingface_hub.hf_api import RepoFile
 
+from san_hf.conversion import RELEASES
+from san_hf.hub.load import check_name
+from san_hf.hub.names import EMBEDDED_MODEL
+from san_hf.hub.reach import ADVICE, describe_failure, suggestion
 from san_hf.json_files import read_json
 from san_hf.loading import ModelError
 from san_hf.messages import one_line
@@ -19,6 +23,10 @@ from san_hf.paths import expand_path
 
 
 CONFIG_FILE = "config.json"
+
+
+class NoSideAdapter(ModelError):
+    """A folder or repository without any side adapter."""
 
 
 @dataclass
@@ -58,20 +66,21 @@ def list_side_adapters(
         token: see `huggingface_hub.hf_hub_download`.
 
     Raises:
-        ModelError: there is none, or a file beside one can't be read.
+        NoSideAdapter: there is none.
+        ModelError: no such folder or repository, or a file beside one can't be read.
         OSError: the repository can't be reached.
     """
     name = expand_path(name_or_path)
+    check_name(name)
     if os.path.isdir(name):
         sizes, fetch = _sizes_below(name), partial(os.path.join, name)
     else:
-        entries = HfApi(token=token).list_repo_tree(name, recursive=True, revision=revision)
-        sizes = {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        sizes = {} if name in (EMBEDDED_MODEL, *RELEASES) else _sizes_in(name, revision, token)
         fetch = partial(hf_hub_download, name, revision=revision, token=token)
     adapters = [PurePosixPath(path) for path in sorted(sizes) if PurePosixPath(path).name == SIDE_ADAPTER_FILE]
     found = [_describe(name, path.parent, sizes, fetch) for path in adapters]
     if not found:
-        raise ModelError(
+        raise NoSideAdapter(
             f"'{name}' holds no side adapter: there is no {SIDE_ADAPTER_FILE} in it or below it. "
             "model.save_pretrained(folder, adapter_only=True) writes one."
         )
@@ -87,6 +96,26 @@ def _sizes_below(root: str) -> dict[str, int]:
             path = Path(folder, name)
             sizes[path.relative_to(root).as_posix()] = path.stat().st_size
     return sizes
+
+
+def _sizes_in(repository: str, revision: str | None, token: str | bool | None) -> dict[str, int]:
+    """
+    Bytes of a repository's files, by their path in it.
+
+    Raises:
+        OSError: it can't be listed.
+    """
+    try:
+        entries = HfApi(token=token).list_repo_tree(repository, recursive=True, revision=revision)
+        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+    except Exception as error:  # networks fail in many ways
+        reason, status = describe_failure(error, token)
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise OSError(
+            f"'{repository}' is no folder here, and as a repository on the Hub{at} it can't be listed: {reason}. "
+            f"{ADVICE.get(status or 0, 'Check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT).')}"
+            + suggestion(repository, ())
+        ) from error
 
 
 def _describe(

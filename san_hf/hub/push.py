@@ -10,18 +10,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import CommitInfo, constants
+from huggingface_hub.errors import HFValidationError
 
 from san_hf.cards import render_card, result_files
 from san_hf.files import honour_umask, new_folder
 from san_hf.hub.load import from_pretrained
+from san_hf.hub.reach import ADVICE, describe_failure
 from san_hf.images import load_image
 from san_hf.loading import damage
 from san_hf.messages import escape_markdown, one_line, without_passwords
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling.adapter_folder_san import SIDE_ADAPTER_FILE
-from san_hf.modeling.card_san import CARD_FILE, PICTURE_FILE, RESULTS_FOLDER, describe_contents
+from san_hf.modeling.card_san import CARD_FILE, PICTURE_FILE, RESULTS_FOLDER, describe_contents, is_hub_id
 from san_hf.modeling.upload_san import upload_model_folder
 from san_hf.paths import expand_path
 
@@ -31,14 +32,6 @@ RUN_MODELS = ("best", "final")
 # A drawing of what the best model makes of validation images, in a run's output folder.
 RUN_PICTURE = Path("pictures") / "best.png"
 RUN_CAPTION = "Validation images, their labels, and what this model makes of them."
-ADVICE = {
-    401: "No access: log in with `hf auth login`, or set HF_TOKEN to a token that may write.",
-    403: "This account, or this token, may not write there: check the owner's name and the token's permissions.",
-    404: "There is no such owner, repository or branch, or the token doesn't show it: check the name.",
-    409: "Something else was pushed at the same time: run the same again.",
-    413: "It is too large for this account.",
-    429: "Too many requests: wait a while, then run the same again.",
-}
 
 
 class PushError(OSError):
@@ -172,6 +165,11 @@ def push_folder(
     folder = find_model(folder)
     with ExitStack() as stack:
         is_adapter = (folder / SIDE_ADAPTER_FILE).is_file()
+        if base_model is not None and not is_hub_id(base_model):
+            raise ValueError(
+                f"Got the base {base_model!r} (--base), expected a CLIP on the Hub, owner/name: others can't load "
+                "what is in a folder of this machine."
+            )
         if base_model is not None and not (adapter_only or (adapter_only is None and is_adapter)):
             raise ValueError("base_model says where the CLIP of a side adapter is, and the whole model has its own.")
         if base_model is not None or (adapter_only is not None and adapter_only != is_adapter):
@@ -220,17 +218,8 @@ def explained_errors(repo_id: str, folder: Path, token: str | bool | None) -> It
     except (ValueError, PushError):
         raise
     except Exception as error:  # networks fail in many ways, and large files in a RuntimeError of their own
-        chain: list[BaseException] = [error]
-        while (cause := chain[-1].__cause__) is not None:
-            chain.append(cause)
-        root = next((each for each in chain if isinstance(each, HfHubHTTPError)), chain[-1])
-        status = root.response.status_code if isinstance(root, HfHubHTTPError) and root.response is not None else None
+        reason, status = describe_failure(error, token)
         advice = ADVICE.get(status or 0, "Run the same again: what has arrived is not sent twice.")
-        reason = without_passwords(one_line(root))
-        for secret in (token, get_token()):
-            if isinstance(secret, str) and secret:
-                reason = reason.replace(secret, "***")
-        reason = re.sub(r"\s*\(Request ID: [^)]*\)", "", reason)
         place = f"{without_passwords(constants.ENDPOINT)}/{repo_id}"
         known = "No part of it" if status is not None else "Either nothing or all of it"  # where an answer got lost
         raise PushError(

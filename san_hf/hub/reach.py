@@ -10,11 +10,20 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
 
-from san_hf.messages import join_some
+from san_hf.messages import join_some, one_line, without_passwords
 
 
+ADVICE = {
+    401: "No access: log in with `hf auth login`, or set HF_TOKEN to a token that may write.",
+    403: "This account, or this token, may not write there: check the owner's name and the token's permissions.",
+    404: "There is no such owner, repository or branch, or the token doesn't show it: check the name.",
+    409: "Something else was pushed at the same time: run the same again.",
+    413: "It is too large for this account.",
+    429: "Too many requests: wait a while, then run the same again.",
+}
 PATIENCE = 1.5  # seconds to wait for a connection before it is left to huggingface_hub, which waits longer
 
 
@@ -61,3 +70,20 @@ def is_unreachable() -> bool:
     thread.start()
     thread.join(PATIENCE)
     return bool(failures)
+
+
+def describe_failure(error: Exception, token: str | bool | None = None) -> tuple[str, int | None]:
+    """
+    What went wrong with the Hub or the network, in one line without tokens and full stop; and the status of the answer,
+    if there was one, for [`ADVICE`].
+    """
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__) is not None:
+        chain.append(cause)
+    root = next((each for each in chain if isinstance(each, HfHubHTTPError)), chain[-1])
+    status = root.response.status_code if isinstance(root, HfHubHTTPError) and root.response is not None else None
+    reason = without_passwords(one_line(root))
+    for secret in (token, get_token()):
+        if isinstance(secret, str) and secret:
+            reason = reason.replace(secret, "***")
+    return re.sub(r"\s*\(Request ID: [^)]*\)", "", reason), status

@@ -299,6 +299,16 @@ def test_adapter_on_a_folder(hub, adapter, clip, tmp_path):
     )
 
 
+def test_a_base_that_others_have(hub, adapter, clip):
+    """A push that is refused only after the model was written again, with the name of a temporary folder."""
+    for base in (str(clip), "./clip"):
+        with pytest.raises(ValueError, match=re.escape(f"Got the base {base!r}")):
+            push_folder(adapter, "someone/adapter", base_model=base)
+    result = CliRunner().invoke(app, ["push", str(adapter), "someone/adapter", "--base", "someone/nothing"])
+    assert result.exit_code == 2 and result.output.count("\n") == 1 and "'someone/nothing'" in result.output
+    assert "someone/adapter" not in hub.repositories
+
+
 @pytest.mark.slow
 def test_the_other_form(hub, adapter, clip, tmp_path):
     """Catches a whole model whose card says that CLIP isn't there, or names the folder its CLIP was in."""
@@ -527,3 +537,27 @@ def test_adapters_of_a_repository(hub, model, tmp_path):
     hub.commit("someone/none", {"README.md": b"nothing"})
     with pytest.raises(ModelError, match="'someone/none' holds no side adapter"):
         list_side_adapters("someone/none")
+    # One without any among others is no error.
+    listed = CliRunner().invoke(app, ["adapters", "someone/none", "someone/adapters"], env={"COLUMNS": "200"})
+    assert listed.exit_code == 0 and listed.stdout.count("SHA-256") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("someone/nothing", None, "'someone/nothing' is no folder here, and as a repository .* check the name"),
+        ("someone/none", "deadbeef", "at revision 'deadbeef' it can't be listed: .* check the name"),
+        ("./nowhere", None, "There is no model './nowhere': no folder of that name"),
+        ("", None, "There is no model ''"),
+        ("weights.safetensors", None, "is a file, expected a folder"),
+        ("picture-book", None, "'picture-book' holds no side adapter"),
+    ],
+)
+def test_adapters_that_are_none(hub, tmp_path, monkeypatch, name, revision, message):
+    """Seven lines about a repository where a folder's name was mistyped, or a stack trace."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.safetensors").write_bytes(b"1")
+    hub.commit("someone/none", {"README.md": b"nothing"})
+    options = [] if revision is None else ["--revision", revision]
+    result = CliRunner().invoke(app, ["adapters", name, *options], env={"COLUMNS": "400"})
+    assert result.exit_code == 2 and re.search(message, result.output) and result.output.count("\n") == 1, result.output
