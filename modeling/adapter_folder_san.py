@@ -228,6 +228,58 @@ def save_lora(model: nn.Module, folder: str, state_dict: Mapping[str, torch.Tens
     save_file(tensors, os.path.join(folder, LORA_FILE), metadata={"format": "pt"})
 
 
+def load_lora(model: Any, folder: str, name: str = "default") -> None:
+    """
+    Puts the LoRA weights of a folder on CLIP, trainable and in force.
+
+    Args:
+        model: a `SANForSemanticSegmentation`.
+        folder: as [`save_lora`] writes it.
+        name: what to call them.
+
+    Raises:
+        ValueError: the installed PEFT doesn't find a place for all of them, or not all that the model needs are there.
+    """
+    # Transformers' own load_adapter (5.23) doesn't know all of PEFT's names, and leaves DoRA's magnitudes as new.
+    try:
+        from peft import PeftConfig, set_peft_model_state_dict
+    except ImportError as error:
+        raise ImportError(f"'{folder}' holds LoRA weights, which PEFT loads: pip install peft ({error})") from error
+    peft_config = PeftConfig.from_pretrained(folder)
+    peft_config.inference_mode = False
+    model.add_adapter(peft_config, name)
+    tensors = load_file(os.path.join(folder, LORA_FILE))
+    tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
+    result: Any = set_peft_model_state_dict(model, tensors, name)
+    wrong = [key for key in result.missing_keys if ".lora_" in key and f".{name}" in key] + result.unexpected_keys
+    if wrong:
+        raise ValueError(
+            f"'{folder}' doesn't fit the model: {len(wrong)} LoRA tensors are missing or unknown "
+            f"({', '.join(wrong[:3])}). Get the folder again, or install the version of PEFT that wrote it."
+        )
+
+
+def check_peft(model: nn.Module) -> None:
+    """
+    Refuses what PEFT has put on a model and can't be saved with it.
+
+    Raises:
+        ValueError: other methods than LoRA, or copies of modules in their place.
+    """
+    peft_configs: Any = getattr(model, "peft_config", None) or {}
+    for name, config in peft_configs.items():
+        if (method := getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+            raise ValueError(
+                f"The model has PEFT's {method} on it ({name!r}), and LoRA (DoRA, too) is all that is saved beside a "
+                f"side adapter: delete_adapter({name!r}), or keep its weights apart, by PEFT."
+            )
+        if copied := getattr(config, "modules_to_save", None):
+            raise ValueError(
+                f"PEFT trains copies of {', '.join(copied)} (modules_to_save of {name!r}), which would be lost: leave "
+                "modules_to_save out of LoraConfig. The side adapter itself is trained beside LoRA."
+            )
+
+
 @contextmanager
 def keep_trainable(model: nn.Module) -> Iterator[None]:
     """PEFT freezes all but what it adds. What was trainable outside CLIP stays so, or becomes it again."""

@@ -20,11 +20,13 @@ from .adapter_folder_san import (
     WEIGHT_FILES,
     activate_lora,
     active_lora,
+    check_peft,
     check_sizes,
     find_lora,
     find_processor,
     find_side_adapter,
     keep_trainable,
+    load_lora,
     lora_layers,
     save_lora,
     select_side_adapter,
@@ -96,6 +98,7 @@ class SideAdapterMixin(PreTrainedModel):
         if card is None and os.path.isfile(os.path.join(save_directory, CARD_FILE)):
             card = known_card(self, os.fspath(save_directory), self.state_dict() if state is None else state)
         if lora_layers(self):
+            check_peft(self)
             state = dict(self.state_dict() if state is None else state)
             whole = {key.replace(".base_layer.", "."): state[key] for key in state if ".lora_" not in key}
             kwargs["state_dict"] = whole
@@ -196,6 +199,7 @@ class SideAdapterMixin(PreTrainedModel):
         """
         config, state = self.config, dict(self.state_dict() if state_dict is None else state_dict)
         hub_options = {key: kwargs[key] for key in ("cache_dir", "token", "local_files_only") if key in kwargs}
+        check_peft(self)
         self.set_base_model(base_model, base_model_revision, state_dict=state, **hub_options)
         if not is_main_process:
             return
@@ -258,9 +262,11 @@ class SideAdapterMixin(PreTrainedModel):
             **hub_options: `cache_dir`, `token`, `local_files_only`, `subfolder`.
 
         Raises:
-            ValueError: the name is taken, there is no side adapter, or it was trained on another CLIP.
+            ValueError: the name is taken or none, there is no side adapter, or it was trained on another CLIP.
             OSError: the folder or repository can't be read.
         """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"Got {name!r:.80} as the side adapter's name, expected a text.")
         if name in self.side_adapters:
             raise ValueError(f"There is a side adapter {name!r} already; delete_side_adapter removes it.")
         where = {"revision": revision, **hub_options}
@@ -289,7 +295,7 @@ class SideAdapterMixin(PreTrainedModel):
         other.load_state_dict({key: tensor.to(like) for key, tensor in tensors.items()}, strict=False, assign=True)
         if (lora := find_lora(name_or_path, config, **where)) is not None:
             before = active_lora(self)
-            self.load_adapter(lora, adapter_name=name, is_trainable=True)
+            load_lora(self, lora, name)
             self._lora_of[name] = (name,)
             activate_lora(self, before)
         self._other_side_adapters[name] = other.train(self.training)

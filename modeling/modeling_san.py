@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import can_return_tuple
 
-from .adapter_folder_san import HUB_ARGUMENTS, complete_with_base, find_lora, find_side_adapter
+from .adapter_folder_san import HUB_ARGUMENTS, complete_with_base, find_lora, find_side_adapter, load_lora
 from .adapters_san import SideAdapterMixin
 from .base_clip_san import CLIP_PARTS, clip_name, find_commit
 from .clip_recognition_san import encode_shallow, pool_attention_bias, prepare_clip, recognize
@@ -155,7 +155,7 @@ class SANPreTrainedModel(PreTrainedModel):
                     "Get the folder again."
                 )
         if name is not None and (lora := find_lora(name, model.config, **where)) is not None:
-            model.load_adapter(lora, is_trainable=True)
+            load_lora(model, lora)
             model.eval()
         lacking = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
         if "class_embeds" in lacking:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig
 from safetensors.torch import load_file, save_file
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModel, AutoModelForSemanticSegmentation, CLIPModel
@@ -373,12 +373,14 @@ def test_compiled_after_a_switch(several, inputs):
     ("change", "message"),
     [
         (lambda model, folder: model.load_side_adapter(folder, "default"), "'default' already"),
+        (lambda model, folder: model.load_side_adapter(folder, ""), "Got '' as the side adapter's name"),
+        (lambda model, folder: model.load_side_adapter(folder, None), "Got None as the side adapter's name"),
         (lambda model, folder: model.set_side_adapter("rods"), "no side adapter 'rods'; there are 'default', 'roads'"),
         (lambda model, folder: model(torch.zeros(1, 3, 64, 64), side_adapter="rods"), "no side adapter 'rods'"),
         (lambda model, folder: model.delete_side_adapter("default"), "active side adapter"),
         (lambda model, folder: model.load_side_adapter(folder.parent, "whole"), "config.json|side adapter"),
     ],
-    ids=["taken", "unknown", "unknown in a call", "active", "none there"],
+    ids=["taken", "empty", "no text", "unknown", "unknown in a call", "active", "none there"],
 )
 def test_names(several, roads_folder, change, message):
     with pytest.raises((ValueError, OSError), match=message):
@@ -442,3 +444,46 @@ def test_lora_beside_a_side_adapter(adapter, roads_folder, base, model, inputs, 
     several.set_side_adapter("default")
     assert_equal(outputs_of(several, **inputs), outputs_of(model, **inputs))
     assert not any(".lora_" in name for name in several.state_dict())
+
+
+def test_dora_beside_a_side_adapter(adapter, inputs, tmp_path):
+    """DoRA's magnitudes, which Transformers' own loader leaves as new: another function, without a word."""
+    adapted = SANForSemanticSegmentation.from_pretrained(adapter)
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, init_lora_weights=False))
+    magnitudes = [parameter for name, parameter in adapted.named_parameters() if "lora_magnitude_vector" in name]
+    with torch.no_grad():
+        for magnitude in magnitudes:
+            magnitude.mul_(1.5)
+    expected = outputs_of(adapted.eval(), **inputs)
+    for kind in (True, False):
+        adapted.save_pretrained(tmp_path / f"{kind}", adapter_only=kind)
+        assert_equal(outputs_of(SANForSemanticSegmentation.from_pretrained(tmp_path / f"{kind}"), **inputs), expected)
+    several = SANForSemanticSegmentation.from_pretrained(adapter)
+    several.load_side_adapter(tmp_path / "True", "dora")
+    several.set_side_adapter("dora")
+    assert magnitudes and all(parameter.requires_grad for parameter in magnitudes)
+    assert_equal(outputs_of(several, **inputs), expected)
+    weights = tmp_path / "True" / "lora" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    del tensors[next(key for key in tensors if "magnitude" in key)]
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=r"1 LoRA tensors are missing or unknown .*magnitude"):
+        SANForSemanticSegmentation.from_pretrained(tmp_path / "True")
+
+
+@pytest.mark.parametrize("adapter_only", [True, False])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LoHaConfig(target_modules=["q_proj"]), "PEFT's LOHA on it"),
+        (LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mask_decoder"]), "copies of mask_decoder"),
+    ],
+    ids=["another method", "copies of modules"],
+)
+def test_what_peft_has_that_is_not_saved(adapter, tmp_path, config, message, adapter_only):
+    """Weights that are saved where nothing reads them, or a folder that can't be loaded again."""
+    adapted = SANForSemanticSegmentation.from_pretrained(adapter)
+    adapted.add_adapter(config)
+    with pytest.raises(ValueError, match=message):
+        adapted.save_pretrained(tmp_path / "folder", adapter_only=adapter_only)
+    assert not (tmp_path / "folder").exists()
