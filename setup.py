@@ -68,6 +68,8 @@ setup(
         "typer>=0.16",
     ],
     extras_require={
+        "polygons": ["rasterio>=1.4", "shapely>=2.0"],
+        "supervision": ["supervision>=0.25"],
         "tracking": ["tensorboard>=2.18", "wandb>=0.22"],
         "test": [
             "parameterized>=0.9",

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from san_hf.evaluation.resume import EvaluationError
 from san_hf.files import json_text, new_file
+from san_hf.inference.exchange import encode_mask
 from san_hf.json_files import parse_json
 from san_hf.vocabularies import load_class_ids, load_vocabulary
 
@@ -37,9 +37,8 @@ def encode_predictions(label_map: np.ndarray, ids: Sequence[int], name: str) -> 
     """
     entries = []
     for label in np.unique(label_map[label_map < len(ids)]).tolist():
-        code = coco_mask.encode(np.asfortranarray(label_map == label, dtype=np.uint8))
-        segmentation = {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
-        entries.append({"file_name": name, "category_id": ids[label], "segmentation": segmentation})
+        code = encode_mask(label_map == label)
+        entries.append({"file_name": name, "category_id": ids[label], "segmentation": code})
     return entries
 
 

@@ -1,24 +1,36 @@
 """A segmented image."""
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from san_hf.colors import OTHER_COLOR, Color, name_colors
-from san_hf.inference.writers import FORMATS, write_formats
+from san_hf.inference import exchange
+from san_hf.inference.writers import DEFAULT_FORMATS, write_formats
 from san_hf.visualization import colorize, draw_overlay
 
 
-@dataclass(frozen=True, eq=False)
+if TYPE_CHECKING:
+    import pandas
+    import shapely
+    import supervision
+
+# The longer side of what a notebook shows.
+NOTEBOOK_SIZE = 1024
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Segmentation:
     """
-    A segmented image. Two are equal if their images, label maps, class names, colours and confidences are.
+    A segmented image; as the value of a notebook's cell it shows its overlay. Two are equal if their images, label
+    maps, class names, colours and confidences are.
 
     Attributes:
         image: the image, upright, 8-bit RGB.
@@ -54,6 +66,29 @@ class Segmentation:
         # What equal ones have in common: a label map may be of another integer type.
         return hash((tuple(self.class_names), self.expanded, self.label_map.shape, self.pixels.tobytes()))
 
+    def __repr__(self) -> str:
+        present = sorted((entry for entry in self.legend() if entry["pixels"]), key=lambda entry: -entry["pixels"])
+        shares = ", ".join(f"{entry['name']} {entry['share']:.1%}" for entry in present[:8])
+        more = f", and {len(present) - 8} more" if len(present) > 8 else ""
+        return f"Segmentation({self.width} x {self.height}: {shares}{more})"
+
+    def _repr_png_(self) -> bytes:
+        """What notebooks show."""
+        picture, file = self.overlay(), io.BytesIO()
+        picture.thumbnail((NOTEBOOK_SIZE, NOTEBOOK_SIZE))
+        picture.save(file, format="png")
+        return file.getvalue()
+
+    @property
+    def width(self) -> int:
+        """Of the image, in pixels."""
+        return self.image.width
+
+    @property
+    def height(self) -> int:
+        """Of the image, in pixels."""
+        return self.image.height
+
     @cached_property
     def colors(self) -> np.ndarray:
         """Colour of each label, (C, 3) uint8 RGB: by its name, see [`san_hf.colors.name_colors`]; grey for "other"."""
@@ -86,15 +121,81 @@ class Segmentation:
         """The label map in colours, of the image's size."""
         return colorize(self.label_map, self.colors)
 
+    def masks(self) -> dict[str, np.ndarray]:
+        """The pixels of each class that is present, by its name: (H, W) boolean. "other" is none of them."""
+        return {self.class_names[label]: self.label_map == label for label in exchange.labels_present(self)}
+
+    def polygons(self, tolerance: float = 0.0) -> "dict[str, shapely.MultiPolygon]":
+        """
+        The outlines of each class that is present, by its name, with their holes.
+
+        Args:
+            tolerance: in pixels; corners are left out as long as no outline moves by more (Douglas and Peucker).
+
+        Returns:
+            shapely's geometries, in pixels: x to the right and y down, a pixel's edges at integers. With tolerance 0
+            they are exactly the label map's regions.
+
+        Raises:
+            ValueError: a negative tolerance.
+            MissingPackageError: without the extra `polygons` (rasterio, shapely).
+        """
+        return exchange.trace_polygons(self, tolerance)
+
+    def to_coco(
+        self, *, file_name: str = "", image_id: int = 1, polygons: bool = False, tolerance: float = 0.0
+    ) -> dict[str, Any]:
+        """
+        A data set of this image in COCO's format: an annotation for each class that is present.
+
+        Args:
+            file_name: of the image, for its entry.
+            image_id: of the image.
+            polygons: polygons instead of run-length codes. COCO's have no holes: those that do are cut. Needs the extra
+                `polygons`.
+            tolerance: of the polygons, see [`Segmentation.polygons`].
+
+        Returns:
+            "images", "annotations" and "categories". A category's id is its label + 1, as 0 is the background there;
+            "score" is the mean confidence, if there is one.
+        """
+        return exchange.to_coco(self, file_name=file_name, image_id=image_id, polygons=polygons, tolerance=tolerance)
+
+    def to_geojson(
+        self, *, tolerance: float = 0.0, transform: Sequence[float] | None = None, crs: str | None = None
+    ) -> dict[str, Any]:
+        """
+        A GeoJSON collection: for each class that is present a feature, a MultiPolygon with the legend's entries as
+        properties. Needs the extra `polygons`.
+
+        Args:
+            tolerance: see [`Segmentation.polygons`].
+            transform: (a, b, c, d, e, f), what makes coordinates of a map out of pixels: x = a column + b row + c and
+                y = d column + e row + f, as rasterio's `dataset.transform[:6]`. By default they are pixels.
+            crs: name of the coordinates' system, such as "urn:ogc:def:crs:EPSG::32632", for a member "crs", which
+                GeoJSON had before RFC 7946 and most programs read.
+        """
+        return exchange.to_geojson(self, tolerance=tolerance, transform=transform, crs=crs)
+
+    def to_supervision(self) -> "supervision.Detections":
+        """
+        supervision's detections: one for each class that is present, with mask, box, label as `class_id`, mean
+        confidence if there is one, and `data["class_name"]`. Needs the extra `supervision`.
+        """
+        return exchange.to_supervision(self)
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """A row for each class: the legend's entries, and `score`, the mean confidence, if there is one."""
+        return exchange.to_dataframe(self)
+
     def save(self, stem: str | os.PathLike, formats: Sequence[str] | None = None, **facts: Any) -> list[Path]:
         """
-        Writes files whose names start with `stem`: `.overlay.png`, `.mask.png`, `.json` (the legend and the size), and
-        for "png-labels" `.labels.png` (one label per pixel, 8-bit or 16-bit grey) with its legend in `.json`, for
-        "confidence" `.confidence.png` (16-bit grey, the confidence of each pixel times 65,535).
+        Writes files whose names start with `stem`, for each format those of `san_hf.inference.writers.WRITERS`.
 
         Args:
             stem: path without extension. Files that are there already are replaced, each at once when it is complete.
-            formats: out of `FORMATS`; by default all, "confidence" only if there is one.
+            formats: out of `san_hf.inference.writers.FORMATS`; by default overlay, mask, json and png-labels, and
+                confidence if there is one.
             **facts: further entries of the JSON file.
 
         Returns:
@@ -102,10 +203,11 @@ class Segmentation:
 
         Raises:
             ValueError: an unknown format, or "confidence" without one.
+            MissingPackageError: "geojson" without the extra `polygons`.
             OSError: a file can't be written.
         """
         if formats is None:
-            formats = [name for name in FORMATS if name != "confidence" or self.confidence is not None]
+            formats = [*DEFAULT_FORMATS, *(["confidence"] if self.confidence is not None else [])]
         return write_formats(self, stem, formats, facts)
 
 

@@ -49,6 +49,24 @@ def write_legend(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[st
     file.write((json_text(content, indent=2) + "\n").encode("utf-8"))
 
 
+def write_coco(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """JSON: a data set of this image in COCO's format, with run-length codes."""
+    content = segmentation.to_coco(file_name=os.path.basename(str(facts.get("image", ""))))
+    file.write((json_text(content) + "\n").encode("utf-8"))
+
+
+def write_geojson(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """GeoJSON: the outlines of each class, in pixels."""
+    file.write((json_text(segmentation.to_geojson()) + "\n").encode("utf-8"))
+
+
+def write_array(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """NumPy's format: the label map as it is."""
+    import numpy as np
+
+    np.save(file, segmentation.label_map)
+
+
 # Format -> the files it consists of, by the ending that follows the image's name.
 WRITERS: dict[str, dict[str, Writer]] = {
     "overlay": {".overlay.png": write_overlay},
@@ -56,8 +74,12 @@ WRITERS: dict[str, dict[str, Writer]] = {
     "json": {".json": write_legend},
     "png-labels": {".labels.png": write_labels, ".json": write_legend},
     "confidence": {".confidence.png": write_confidence},
+    "coco": {".coco.json": write_coco},
+    "geojson": {".geojson": write_geojson},
+    "npy": {".labels.npy": write_array, ".json": write_legend},
 }
 FORMATS = tuple(WRITERS)
+DEFAULT_FORMATS = ("overlay", "mask", "json", "png-labels")
 
 
 def output_files(stem: str | os.PathLike, formats: Sequence[str]) -> list[Path]:

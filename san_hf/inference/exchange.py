@@ -1,0 +1,179 @@
+"""A segmentation in the forms that other libraries read.
+
+Coordinates are those of Pillow and COCO: x to the right and y down, in pixels, a pixel's edges at integers, so that a
+mask of the whole image is the rectangle from (0, 0) to (width, height). Pixels that are "other" belong to no class.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from san_hf.extras import import_extra
+
+
+if TYPE_CHECKING:
+    import pandas
+    import shapely
+    import supervision
+
+    from san_hf.inference.segmentation import Segmentation
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's run-length code of a mask, (H, W) boolean: {"size": [H, W], "counts": text}."""
+    from pycocotools import mask as coco_mask
+
+    code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")}
+
+
+def labels_present(segmentation: "Segmentation") -> list[int]:
+    """Labels that have pixels, ascending, without "other"."""
+    return [entry["label"] for entry in _classes(segmentation) if entry["pixels"]]
+
+
+def trace_polygons(segmentation: "Segmentation", tolerance: float = 0.0) -> "dict[str, shapely.MultiPolygon]":
+    """
+    The regions of each class that is present, by its name; see [`Segmentation.polygons`].
+
+    Raises:
+        ValueError: a negative tolerance.
+        MissingPackageError: without rasterio and shapely.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f"Got tolerance={tolerance}, expected pixels, at least 0.")
+    features = import_extra("rasterio.features", "polygons", "Tracing polygons")
+    shapely = import_extra("shapely", "polygons", "Tracing polygons")
+    regions: dict[int, list[Any]] = {label: [] for label in labels_present(segmentation)}
+    # Regions whose pixels share edges: where corners alone touch, rings would cross themselves.
+    for outline, label in features.shapes(segmentation.label_map, connectivity=4):
+        if int(label) in regions:
+            region = shapely.make_valid(shapely.geometry.shape(outline))
+            regions[int(label)].append(shapely.simplify(region, tolerance) if tolerance else region)
+    names = segmentation.class_names
+    return {
+        names[label]: shapely.MultiPolygon([part for region in found for part in _polygons_of(region)])
+        for label, found in regions.items()
+    }
+
+
+def to_coco(
+    segmentation: "Segmentation",
+    *,
+    file_name: str = "",
+    image_id: int = 1,
+    polygons: bool = False,
+    tolerance: float = 0.0,
+) -> dict[str, Any]:
+    """See [`Segmentation.to_coco`]."""
+    shapes = trace_polygons(segmentation, tolerance) if polygons else {}
+    annotations: list[dict[str, Any]] = []
+    for entry in _classes(segmentation):
+        if not entry["pixels"]:
+            continue
+        mask = segmentation.label_map == entry["label"]
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        top, left = int(rows[0]), int(columns[0])
+        if polygons:
+            parts = [part for polygon in shapes[entry["name"]].geoms for part in _without_holes(polygon)]
+            code: Any = [np.asarray(part.exterior.coords)[:-1].ravel().tolist() for part in parts]
+        else:
+            code = encode_mask(mask)
+        annotation = {
+            "id": len(annotations) + 1,
+            "image_id": image_id,
+            "category_id": entry["label"] + 1,
+            "segmentation": code,
+            "area": entry["pixels"],
+            "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
+            "iscrowd": 0,
+        }
+        annotations.append(annotation | _score(segmentation, mask))
+    image = {"id": image_id, "file_name": file_name, "width": segmentation.width, "height": segmentation.height}
+    categories = [{"id": entry["label"] + 1, "name": entry["name"]} for entry in _classes(segmentation)]
+    return {"images": [image], "annotations": annotations, "categories": categories}
+
+
+def to_geojson(
+    segmentation: "Segmentation",
+    *,
+    tolerance: float = 0.0,
+    transform: Sequence[float] | None = None,
+    crs: str | None = None,
+) -> dict[str, Any]:
+    """See [`Segmentation.to_geojson`]."""
+    if transform is not None and len(transform) != 6:
+        raise ValueError(f"Got a transform of {len(transform)} numbers, expected 6: x = a column + b row + c, then y.")
+    shapely = import_extra("shapely", "polygons", "GeoJSON")
+    import_extra("shapely.affinity", "polygons", "GeoJSON")
+    shapes = trace_polygons(segmentation, tolerance)
+    features = []
+    for entry in _classes(segmentation):
+        if (shape := shapes.get(entry["name"])) is None:
+            continue
+        if transform is not None:
+            a, b, c, d, e, f = transform
+            shape = shapely.affinity.affine_transform(shape, [a, b, d, e, c, f])
+        # Outer rings counterclockwise, as RFC 7946 wants it.
+        shape = shapely.MultiPolygon([shapely.geometry.polygon.orient(polygon) for polygon in shape.geoms])
+        properties = entry | _score(segmentation, segmentation.label_map == entry["label"])
+        features.append({"type": "Feature", "properties": properties, "geometry": shapely.geometry.mapping(shape)})
+    reference = {} if crs is None else {"crs": {"type": "name", "properties": {"name": crs}}}
+    return {"type": "FeatureCollection", **reference, "features": features}
+
+
+def to_supervision(segmentation: "Segmentation") -> "supervision.Detections":
+    """See [`Segmentation.to_supervision`]."""
+    supervision = import_extra("supervision", "supervision", "Segmentation.to_supervision")
+    labels = np.array(labels_present(segmentation), dtype=int)
+    masks = segmentation.label_map == labels[:, None, None]  # (n, H, W)
+    scores = [_score(segmentation, mask).get("score") for mask in masks]
+    return supervision.Detections(
+        xyxy=supervision.mask_to_xyxy(masks) if len(labels) else np.zeros((0, 4)),
+        mask=masks,
+        class_id=labels,
+        confidence=np.array(scores, dtype=np.float32) if segmentation.confidence is not None else None,
+        data={"class_name": np.array([segmentation.class_names[label] for label in labels], dtype=str)},
+    )
+
+
+def to_dataframe(segmentation: "Segmentation") -> "pandas.DataFrame":
+    """See [`Segmentation.to_dataframe`]."""
+    import pandas
+
+    rows = [entry | _score(segmentation, segmentation.label_map == entry["label"]) for entry in segmentation.legend()]
+    return pandas.DataFrame(rows)
+
+
+def _classes(segmentation: "Segmentation") -> list[dict[str, Any]]:
+    """The legend without "other"."""
+    return segmentation.legend()[: len(segmentation.class_names) - segmentation.expanded]
+
+
+def _score(segmentation: "Segmentation", mask: np.ndarray) -> dict[str, float]:
+    """The mean confidence of a mask's pixels, where there is one."""
+    if segmentation.confidence is None or not mask.any():
+        return {}
+    return {"score": float(segmentation.confidence[mask].mean())}
+
+
+def _polygons_of(shape: Any) -> "list[shapely.Polygon]":
+    """The polygons of a shape, which may be a collection."""
+    if shape.geom_type == "Polygon":
+        return [] if shape.is_empty else [shape]
+    return [polygon for part in getattr(shape, "geoms", ()) for polygon in _polygons_of(part)]
+
+
+def _without_holes(polygon: "shapely.Polygon") -> "Iterator[shapely.Polygon]":
+    """A polygon cut into some without holes: COCO's have none."""
+    if not polygon.interiors:
+        yield polygon
+        return
+    import shapely
+
+    left, bottom, right, top = polygon.bounds
+    middle = shapely.Polygon(polygon.interiors[0]).centroid.x
+    for low, high in ((left, middle), (middle, right)):
+        for part in _polygons_of(polygon.intersection(shapely.box(low, bottom, high, top))):
+            yield from _without_holes(part)
