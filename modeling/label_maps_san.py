@@ -16,8 +16,8 @@ import torch.nn.functional as F
 
 # Up to so many classes, computing all of their scores in a tile costs less than finding out which can be left out.
 FEW_CLASSES = 24
-# (height, width): small enough that few classes can win anywhere in a tile, large enough to keep the processor busy; and
-# larger where there are few classes anyway.
+# (height, width): small enough that few classes can win anywhere in a tile, large enough to keep the processor busy;
+# and larger where there are few classes anyway.
 TILE, TILE_OF_FEW_CLASSES = (32, 24), (40, 40)
 # Of the highest score: more than the rounding error of a sum over queries.
 MARGIN = 1e-4

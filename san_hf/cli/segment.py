@@ -86,7 +86,8 @@ def segment(
             "-f",
             help="What to write; may be repeated. overlay: the image, tinted, with names and a legend. mask: the "
             "regions in plain colours. json: names, shares of pixels and colours. png-labels: one number per pixel, "
-            "and the json that explains them. confidence: how sure each pixel's name is, 16-bit grey, 65535 for 1.",
+            "and the json that explains them; npy: the same for NumPy. confidence: how sure each pixel's name is, "
+            "16-bit grey, 65535 for 1. coco: run-length codes. geojson: polygons.",
         ),
     ] = [Format.overlay],  # type: ignore[attr-defined]  # noqa: B006  # dynamic
     overwrite: OverwriteOption = False,
