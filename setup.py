@@ -66,6 +66,7 @@ setup(
         "safetensors>=0.8",
         "scipy>=1.13",
         "typer>=0.16",
+        "xxhash>=3.1",
     ],
     extras_require={
         "polygons": ["rasterio>=1.4", "shapely>=2.0"],

@@ -7,6 +7,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests count what is encoded; and the user's cache is the user's.
+os.environ["SAN_HF_EMBEDDINGS_CACHE"] = "off"
 
 import pytest
 import torch

@@ -1,6 +1,5 @@
 """Class names and their embeddings: what a model looks for."""
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 
 from san_hf.colors import Color, parse_color
 from san_hf.data.class_names import is_class_list, read_class_names
+from san_hf.inference.embeddings_cache import encode_class_names, text_tower_digest
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling.prompts_san import split_templates
 from san_hf.modeling.text_san import check_class_names, clean_text
@@ -86,7 +86,8 @@ class Vocabulary:
         **options: Any,
     ) -> "Vocabulary":
         """
-        Encodes class names with CLIP's text tower; each prompt goes through it once.
+        Encodes class names with CLIP's text tower. Those that were encoded before, in this process or another one, are
+        not encoded again: see [`san_hf.inference.embeddings_cache.encode_class_names`].
 
         Args:
             model: on its device.
@@ -125,9 +126,7 @@ class Vocabulary:
         every_word = unique
         if expand is not None:
             every_word = processor.expand(unique, read_expansion(expand))
-        tokens = processor(text=every_word, prompt_templates=templates).to(model.device)
-        with torch.inference_mode(), autocast():
-            class_embeds = model.get_class_embeds(**tokens)
+        class_embeds, text_digest = encode_class_names(model, processor, every_word, templates, autocast)
 
         class_of_row = None
         groups = [[row] for row in range(len(every_word))]
@@ -149,7 +148,7 @@ class Vocabulary:
             class_of_row=class_of_row,
             has_other=has_other,
             threshold=threshold,
-            text_digest=text_tower_digest(model),
+            text_digest=text_digest,
             words=tuple(tuple(every_word[row] for row in group) for group in groups),
             templates=tuple("{}".join(pair) for pair in pairs),
             colors=colors,
@@ -313,20 +312,6 @@ ClassNames = str | os.PathLike | Sequence[str] | Mapping | Vocabulary
 def split_synonyms(name: str) -> list[str]:
     """ "television, tv; telly" -> ["television", "tv", "telly"]."""
     return [part.strip() for part in re.split(r"[,;]", name) if part.strip()]
-
-
-def text_tower_digest(model: SANForSemanticSegmentation) -> str:
-    """
-    SHA-256, in hexadecimal digits, of the parameters that class embeddings depend on, rounded to bfloat16: it is the
-    same in whatever precision the same weights were loaded.
-    """
-    digest = hashlib.sha256()
-    for part in (model.text_model, model.text_projection):
-        for name, parameter in part.named_parameters():
-            values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
-            digest.update(f"{name} {tuple(values.shape)} ".encode())
-            digest.update(values.view(torch.int16).numpy().data)
-    return digest.hexdigest()
 
 
 def _check_threshold(threshold: float | None) -> None:

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from san_hf.data import DataError
 from san_hf.data.class_names import is_class_list, read_class_names
 from san_hf.inference import Vocabulary, VocabularyError
-from san_hf.inference.vocabulary import split_synonyms, text_tower_digest
+from san_hf.inference.embeddings_cache import text_tower_digest
+from san_hf.inference.vocabulary import split_synonyms
 from san_hf.vocabularies import load_vocabulary
 from san_hf.vocabularies.files import write_vocabulary
 
