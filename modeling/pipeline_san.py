@@ -338,7 +338,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         )
         if key not in self._class_embeds:
             tokens = self.processor(text=names, expansion=expansion, prompt_templates=templates, return_tensors="pt")
-            class_embeds = self.model.get_class_embeds(tokens["input_ids"].to(self.device))
+            with fast_linear(self.device):
+                class_embeds = self.model.get_class_embeds(tokens["input_ids"].to(self.device))
             if len(self._class_embeds) == KEPT_VOCABULARIES:
                 del self._class_embeds[next(iter(self._class_embeds))]
             self._class_embeds[key] = (names, class_embeds)

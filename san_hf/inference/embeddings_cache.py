@@ -24,6 +24,7 @@ from san_hf.files import json_text, write_file
 from san_hf.locks import locked
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling.base_clip_san import digest_clip
+from san_hf.modeling.fast_linear_san import fast_linear, is_exact
 from san_hf.modeling.prompts_san import split_templates
 from san_hf.modeling.text_san import check_class_names, clean_text, may_be_misread
 from san_hf.paths import expand_path
@@ -119,11 +120,16 @@ def encode_class_names(
         ValueError: names or templates that the processor refuses.
     """
     folder = cache_folder()
+
+    def encode(input_ids: torch.Tensor) -> torch.Tensor:
+        with fast_linear(model.device):
+            return model.get_class_embeds(input_ids.to(model.device))
+
     with torch.inference_mode(), autocast():
         key = None if folder is None or len(class_names) > MOST_NAMES else _key(model, processor)
         if folder is None or key is None:
-            inputs = processor(text=class_names, prompt_templates=templates).to(model.device)
-            return model.get_class_embeds(**inputs), text_tower_digest(model)
+            inputs = processor(text=class_names, prompt_templates=templates)
+            return encode(inputs["input_ids"]), text_tower_digest(model)
 
         names = check_class_names(class_names, "text")
         pairs = split_templates(processor.prompt_templates if templates is None else templates)
@@ -138,7 +144,7 @@ def encode_class_names(
             encoded = _Embeddings(
                 names=_as_rows(digests[index] for index in new),
                 tokens=_as_rows(map(_digest_tokens, ids.numpy(), lengths.numpy())),
-                embeds=model.get_class_embeds(ids.to(model.device)).cpu(),
+                embeds=encode(ids).cpu(),
                 text_digest=text_tower_digest(model) if kept is None else kept.text_digest,
             )
             # What the processor warns of, it is to warn of each time.
@@ -192,7 +198,6 @@ def _key(model: SANForSemanticSegmentation, processor: SANProcessor) -> str | No
     if not hasattr(tokenizer, "backend_tokenizer"):
         return None
     rules = tokenizer.backend_tokenizer.to_str()
-    precisions = [getattr(torch.backends, name).matmul.fp32_precision for name in ("mkldnn", "cuda")]
     facts = {
         "format": _FORMAT,
         "parameters": _digest_parameters(_text_parameters(model)),
@@ -200,10 +205,19 @@ def _key(model: SANForSemanticSegmentation, processor: SANProcessor) -> str | No
         # What comes before, padding and truncation, changes with each call.
         "tokenizer": _digest((rules.partition('"added_tokens"')[2] or rules).encode()).hex(),
         "options": {"model_max_length": tokenizer.model_max_length, **_text_options(tokenizer)},
-        "computed": [device, config._attn_implementation, ["ieee" if name == "none" else name for name in precisions]],
+        "computed": [device, config._attn_implementation, _precision(device)],
         "autocast": torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device)),
     }
     return _digest(json_text(facts).encode()).hex()
+
+
+def _precision(device: str) -> str:
+    """What float32 products are computed in, as far as PyTorch's settings say."""
+    backend = torch.backends.mkldnn if device == "cpu" else torch.backends.cuda
+    setting = backend.matmul.fp32_precision
+    # Another thread may be within `fast_linear`.
+    is_float32 = setting in ("none", "ieee") or (device == "cpu" and is_exact())
+    return "ieee" if is_float32 else setting
 
 
 def _is_plain(module: nn.Module) -> bool:

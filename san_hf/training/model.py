@@ -10,6 +10,7 @@ from san_hf.loading import ModelError, check_tokenizer
 from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.modeling.card_san import is_hub_id
+from san_hf.modeling.fast_linear_san import fast_linear
 from san_hf.paths import expand_path
 
 from .config import ConfigError, ModelSection
@@ -97,7 +98,8 @@ def check_base(model: SANForSemanticSegmentation, section: ModelSection, reposit
 def set_vocabulary(model: SANForSemanticSegmentation, processor: SANProcessor, class_names: list[str]) -> None:
     """Has the model carry these classes."""
     try:
-        model.set_vocabulary(class_names, **processor(text=class_names, return_tensors="pt"))
+        with fast_linear(model.device):
+            model.set_vocabulary(class_names, **processor(text=class_names, return_tensors="pt"))
     except ValueError as error:
         raise ConfigError(f"The class names can't be used: {error}") from error
 
