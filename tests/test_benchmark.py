@@ -47,3 +47,45 @@ def test_all_rows_agree(benchmark, tmp_path, capsys):
         assert row["ratio"] == pytest.approx(row["plain_s"] / row["ours_s"], rel=0.01)
         assert row["classes"] == (None if row["what"] == "forward" else 30) and row["peak_bytes"] is None
     assert benchmark.table(rows) in capsys.readouterr().out
+
+
+def test_processes_of_their_own(benchmark, tmp_path):
+    """Catches a peak that isn't measured, one of this larger process, and a row that can't be made in a new one."""
+    ballast = torch.ones(300_000_000, dtype=torch.uint8)  # this process holds it, the row's own doesn't
+    rows = run(benchmark, tmp_path, "--what", "text-again", "--classes", 30)
+    assert rows[0]["agrees"] and 1e8 < rows[0]["peak_bytes"] < benchmark.peak_of_process()
+    assert len(ballast) < benchmark.peak_of_process()
+
+
+def test_rows_take_the_place_of_older_ones(benchmark, tmp_path):
+    """Catches a file that loses the other models' rows, or has a row twice."""
+    row = dict.fromkeys(benchmark.KEYS, 1) | {"model": "b16", "what": "post"}
+    file = tmp_path / "rows.json"
+    benchmark.add_rows(file, [row, row | {"classes": 2}])
+    benchmark.add_rows(file, [row | {"ours_s": 5}])
+    assert [(each["classes"], each["ours_s"]) for each in json.loads(file.read_text())] == [(1, 5), (2, 1)]
+
+
+def test_readme_has_the_table_as_committed(benchmark):
+    """Catches a table that is not what was measured, and rows of another form."""
+    rows = json.loads(benchmark.COMMITTED.read_text(encoding="utf-8"))
+    assert rows and all(tuple(row) == benchmark.KEYS and row["agrees"] for row in rows)
+    page = benchmark.README.read_text(encoding="utf-8")
+    assert page.split(benchmark.BLOCK[0])[1].split(benchmark.BLOCK[1])[0] == benchmark.table(rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--what", "speed"], "invalid choice: 'speed'"),
+        (["--model", "b32"], "invalid choice: 'b32'"),
+        (["--runtime", "abacus"], "invalid choice: 'abacus'"),
+        (["--classes", "0"], "--classes must be at least 1"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--what", "text", "--model", "tiny", "--classes", "848"], "at most 847"),
+    ],
+)
+def test_wrong_options(benchmark, arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(arguments)
+    assert message in f"{error.value}{capsys.readouterr().err}"

@@ -9,7 +9,8 @@ give the same; and prints the median of each, the ratio, and the peak memory of 
 ours (on a GPU, the GPU's). On standard error it says what share of the machine's fastest matrix product that is.
 
     forward       the vision pass, 640 x 853 pixels
-    text          class names in 14 templates through the text tower, for the first time
+    text          class names in 14 templates through the text tower, for the first time; the plain form encodes 24 of
+                  them, each of which takes the same time
     text-again    the same names in a new process
     post          post-processing to --size, of what a trained model gives: 30 classes present, most queries no object
     post-uniform  the same where all classes are about as likely: the worst case
@@ -40,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from san_hf.files import write_file
 from san_hf.modeling.fast_linear_san import fast_linear
+from san_hf.vocabularies import load_vocabulary
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=4, help="in a folder")
     parser.add_argument("--repeats", type=int, default=5, help="of which the median counts; a first run never does")
     parser.add_argument("--seconds", type=float, default=60, help="after which a row isn't repeated any more")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for a busy machine; with --threads 1")
     parser.add_argument("--no-peak", dest="peak", action="store_false", help="without peak memory: less to wait for")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to add the rows, in place of older ones")
     parser.add_argument("--readme", action="store_true", help="measure nothing: write the committed table to README.md")
@@ -72,6 +75,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("threads", "images", "repeats", *(["classes"] if options.classes else [])):
         if min(value if isinstance(value := getattr(options, name), list) else [value]) < 1:
             parser.error(f"--{name} must be at least 1.")
+    most = len(load_vocabulary("ade20k-847"))
+    if max(options.classes or [1]) > most:
+        parser.error(f"--classes must be at most {most}, as many names as there are to encode.")
     return options
 
 
@@ -80,12 +86,14 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(function: Callable[[], Any], device: str) -> float:
-    synchronize(device)
-    start = time.perf_counter()
+def seconds(function: Callable[[], Any], options: argparse.Namespace) -> float:
+    """Time that a call takes; with --cpu-time that of all threads of this process, which other work doesn't change."""
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    synchronize(options.device)
+    start = clock()
     function()
-    synchronize(device)
-    return time.perf_counter() - start
+    synchronize(options.device)
+    return clock() - start
 
 
 def peak_of_process() -> int:
@@ -96,11 +104,12 @@ def peak_of_process() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_alone(case: Case, device: str) -> dict[str, float]:
+def run_alone(case: Case, options: argparse.Namespace) -> dict[str, float]:
     """Seconds and peak bytes of ours, in this process."""
+    device = options.device
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    taken = seconds(case.ours, device)
+    taken = seconds(case.ours, options)
     peak = torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else peak_of_process()
     return {"seconds": taken, "peak_bytes": peak}
 
@@ -112,6 +121,8 @@ def in_new_process(options: argparse.Namespace, row: dict[str, Any]) -> dict[str
         if row[name] is not None:
             command += [f"--{name}", str(row[name])]
     command += ["--device", options.device, "--threads", str(options.threads), "--images", str(options.images)]
+    if options.cpu_time:
+        command.append("--cpu-time")
     if options.size:
         command += ["--size", *map(str, options.size)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
@@ -135,38 +146,38 @@ def measure(case: Case, options: argparse.Namespace, row: dict[str, Any]) -> tup
     times: tuple[list[float], list[float]] = ([], [])
     until = time.perf_counter() + options.seconds
     while not times[0] or (len(times[0]) < options.repeats and time.perf_counter() < until):
-        times[0].append(in_new_process(options, row)["seconds"] if case.new_process else seconds(case.ours, device))
-        times[1].append(case.scale * seconds(case.plain, device))
+        times[0].append(in_new_process(options, row)["seconds"] if case.new_process else seconds(case.ours, options))
+        times[1].append(case.scale * seconds(case.plain, options))
     row["ours_s"], row["plain_s"] = (round(statistics.median(taken), 6) for taken in times)
     row["ratio"] = round(row["plain_s"] / row["ours_s"], 3)
     row["peak_bytes"] = None
     if options.peak:
-        alone = run_alone(case, device) if device.startswith("cuda") else in_new_process(options, row)
+        alone = run_alone(case, options) if device.startswith("cuda") else in_new_process(options, row)
         row["peak_bytes"] = int(alone["peak_bytes"])
     return {key: row[key] for key in KEYS}, flops
 
 
-def matrix_peak(dtype: str, device: str, threads: int) -> float:
+def matrix_peak(dtype: str, options: argparse.Namespace) -> float:
     """
     Floating point operations per second in square matrix products, by the fastest library that there is for the dtype:
     torch's own choice (MKL's float32 on most CPUs), oneDNN's float32, NumPy's OpenBLAS.
     """
+    device = options.device
     side = 8192 if device.startswith("cuda") else 2048
 
     def rate(matrix: torch.Tensor) -> float:
-        return 2 * side**3 / min(seconds(lambda: matrix @ matrix, device) for _ in range(5))
+        return 2 * side**3 / min(seconds(lambda: matrix @ matrix, options) for _ in range(5))
 
     matrix = torch.rand(side, side, device=device)
     rates = [rate(matrix)]
     if device == "cpu":
         with fast_linear(device):
             rates.append(rate(matrix))
+        clock = "process_time" if options.cpu_time else "perf_counter"
         program = f"import numpy, time\nx = numpy.ones(({side}, {side}), 'float32')\n"
-        program += (
-            "def product():\n    start = time.perf_counter()\n    x @ x\n    return time.perf_counter() - start\n"
-        )
+        program += f"def product():\n    start = time.{clock}()\n    x @ x\n    return time.{clock}() - start\n"
         program += "print(min(product() for _ in range(5)))"
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | dict.fromkeys(["OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"], str(options.threads))
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
         rates.append(2 * side**3 / float(done.stdout))
     if dtype != "float32":
@@ -230,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.scratch = Path(scratch)
         if options.alone:
             ((case, _),) = rows(options)
-            return print(json.dumps(run_alone(case, options.device)))
-        peaks = {dtype: matrix_peak(dtype, options.device, options.threads) for dtype in options.dtype}
+            return print(json.dumps(run_alone(case, options)))
+        peaks = {dtype: matrix_peak(dtype, options) for dtype in options.dtype}
         measured = []
         for case, row in rows(options):
             done, flops = measure(case, options, row)

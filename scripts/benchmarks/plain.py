@@ -239,7 +239,8 @@ def loss(
         {"masks_queries_logits": mask_logits.float(), "class_queries_logits": class_logits.float()}
         for mask_logits, class_logits in forward(model, pixel_values, class_embeds, config.deep_supervision_layers)
     ]
-    losses = criterion(
-        **predictions[-1], mask_labels=masks, class_labels=classes, auxiliary_predictions=predictions[:-1]
-    )
+    with torch.autocast(labels.device.type, enabled=False):
+        losses = criterion(
+            **predictions[-1], mask_labels=masks, class_labels=classes, auxiliary_predictions=predictions[:-1]
+        )
     return sum(value * weights[name.rstrip("_0123456789")] for name, value in losses.items())

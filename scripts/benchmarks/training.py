@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from photos import draw_photo
 from transformers import CLIPModel
 
 from san_hf.conversion import RELEASES, clip_tokenizer
@@ -25,8 +25,7 @@ from san_hf.vocabularies import load_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"san-vit-b-16": "coco_stuff_vit_b16.yaml", "san-vit-large-14": "coco_stuff_vit_l14.yaml"}
-NUM_IMAGES, SIZE = 64, (640, 480)
-REGIONS = 8  # in a picture
+NUM_IMAGES, SIZE = 64, (480, 640)  # height, width
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,27 +44,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def draw_photo(rng: np.random.Generator, num_labels: int) -> tuple[Image.Image, Image.Image]:
-    """A picture of a few smooth regions with the noise of a photograph, and its labels."""
-    fields = [
-        np.asarray(Image.fromarray(noise.astype(np.float32)).resize(SIZE, Image.Resampling.BICUBIC))
-        for noise in rng.standard_normal((REGIONS, 6, 8))
-    ]
-    regions = np.argmax(fields, axis=0)
-    colors = rng.integers(30, 226, (REGIONS, 3))[regions]
-    pixels = np.clip(colors + rng.normal(0, 12, colors.shape), 0, 255).astype(np.uint8)
-    labels = rng.permutation(num_labels)[:REGIONS][regions].astype(np.uint8)
-    labels[:8] = 255
-    return Image.fromarray(pixels), Image.fromarray(labels)
-
-
 def make_data(folder: Path) -> None:
     """Pairs of images and labels with the classes of COCO-Stuff."""
     names = load_vocabulary("coco-stuff")
     for kind in ("images", "labels"):
         (folder / "train" / kind).mkdir(parents=True)
     for i in range(NUM_IMAGES):
-        image, labels = draw_photo(np.random.default_rng(i), len(names))
+        image, labels = draw_photo(np.random.default_rng(i), len(names), SIZE)
         image.save(folder / "train" / "images" / f"{i:03}.jpg", quality=90)
         labels.save(folder / "train" / "labels" / f"{i:03}.png")
     (folder / "classes.txt").write_text("\n".join(names) + "\n")
