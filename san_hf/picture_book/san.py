@@ -1,20 +1,22 @@
 """A tiny SAN of the picture book: its training on pages with masks, on a frozen CLIP, with transformers' Trainer."""
 
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import CLIPTokenizer, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import CLIPTokenizer, Trainer, TrainingArguments, set_seed
 
 from san_hf.hub import from_pretrained
 from san_hf.modeling import SANForSemanticSegmentation, SANImageProcessor, SANProcessor
 from san_hf.picture_book.clip import PHOTO_SIZE, draw_all, normalize, to_array
 from san_hf.picture_book.objects import BASE, CLASS_NAMES, STUFF
 from san_hf.picture_book.scenes import PAGE_SIZE, draw_scene
-from san_hf.training.model import freeze_text_tower, trains_text
+from san_hf.training.model import freeze_text_tower
 from san_hf.training.optimization import parameter_groups
 
 
@@ -51,24 +53,24 @@ def build_processor(tokenizer: CLIPTokenizer) -> SANProcessor:
 class Pages(Dataset):
     """
     A training set: pages with base compositions and stuff, mirrored half of the time. An example has `pixel_values`
-    (3, H, W) float32 and `labels` (H, W) int64, indices into `Pages.classes`.
+    (3, H, W) float32 and `labels` (H, W) int64, indices into `classes`.
 
     Args:
         count: number of pages.
         seed: of the pages.
+        compositions: what they show.
     """
 
-    classes = (*BASE, *STUFF)
-
-    def __init__(self, count: int, seed: int):
-        drawn = draw_all(_draw_page, [[seed, 2, i] for i in range(count)])
+    def __init__(self, count: int, seed: int, compositions: Sequence[str] = BASE):
+        self.classes = [*compositions, *STUFF]
+        drawn = draw_all(partial(_draw_page, compositions=compositions), [[seed, 2, i] for i in range(count)])
         self.pixels = torch.from_numpy(np.stack([pixels for pixels, _ in drawn]))
         label_maps = torch.from_numpy(np.stack([label_map for _, label_map in drawn])).long()
         to_training = torch.full((len(CLASS_NAMES),), -1)
         to_training[[CLASS_NAMES.index(name) for name in self.classes]] = torch.arange(len(self.classes))
         self.labels = to_training[label_maps]
         if (self.labels < 0).any():
-            raise RuntimeError("A training page shows a novel composition.")
+            raise RuntimeError("A training page shows a composition that it shouldn't.")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -100,7 +102,7 @@ def train_san(
     set_seed(seed)
     model = SANForSemanticSegmentation.from_clip(str(clip_folder), **SAN | changes)
     _freeze_vision_tower(model)
-    _train(model, processor, pages, steps, seed, SAN_LEARNING_RATE)
+    _train(model, processor, Pages(pages, seed), steps, seed, SAN_LEARNING_RATE)
     return model
 
 
@@ -111,38 +113,37 @@ def fine_tune_san(
     seed: int,
     *,
     freeze_clip: bool = True,
-    freeze_text: bool = True,
-    clip_learning_rate: float | None = None,
     lora: dict[str, Any] | None = None,
+    clip_learning_rate: float | None = None,
+    compositions: Sequence[str] = BASE,
 ) -> tuple[SANForSemanticSegmentation, SANProcessor]:
     """
-    Trains a SAN of the picture book further, on new pages of the same classes, by `FINE_TUNING_RATE`.
+    Trains a SAN of the picture book further, on new pages, at `FINE_TUNING_RATE`. Text is not trained.
 
     Args:
         checkpoint: name or folder of the model.
         pages, steps, seed: see [`train_san`]. The embedded checkpoint has seen the pages of seed 0.
         freeze_clip: `False` trains CLIP's vision tower, too.
-        freeze_text: `False` trains the text tower and the temperature with it.
-        clip_learning_rate: of what is trained of CLIP or in it; `None` for `FINE_TUNING_RATE`.
         lora: arguments of PEFT's `LoraConfig`, for LoRA weights in CLIP.
+        clip_learning_rate: of what is trained of CLIP or in it; `None` for `FINE_TUNING_RATE`.
+        compositions: what the pages show; these and stuff are the only classes in training.
 
     Returns:
-        The model in evaluation mode, float32, with base compositions and stuff as its vocabulary; and its processor.
+        The model in evaluation mode, float32, with these classes as its vocabulary; and its processor.
 
     Raises:
         ImportError: for `lora`, PEFT isn't installed.
     """
     set_seed(seed)
     model, processor = from_pretrained(checkpoint, freeze_clip=freeze_clip)
+    freeze_text_tower(model)
     if freeze_clip:
         _freeze_vision_tower(model)
-    if freeze_text:
-        freeze_text_tower(model)
     if lora is not None:
         from peft import LoraConfig
 
         model.add_adapter(LoraConfig(**lora))
-    _train(model, processor, pages, steps, seed, FINE_TUNING_RATE, clip_learning_rate)
+    _train(model, processor, Pages(pages, seed, compositions), steps, seed, FINE_TUNING_RATE, clip_learning_rate)
     return model, processor
 
 
@@ -154,16 +155,14 @@ def _freeze_vision_tower(model: SANForSemanticSegmentation) -> None:
 def _train(
     model: SANForSemanticSegmentation,
     processor: SANProcessor,
-    pages: int,
+    pages: Pages,
     steps: int,
     seed: int,
     learning_rate: float,
     clip_learning_rate: float | None = None,
 ) -> None:
-    """Trains what isn't frozen, with the classes of `Pages` as vocabulary. The model is then in evaluation mode."""
-    classes = processor(text=list(Pages.classes), return_tensors="pt")
-    model.set_vocabulary(list(Pages.classes), **classes)
-    inputs = dict(classes) if trains_text(model) else {}
+    """Trains what isn't frozen, with the pages' classes as vocabulary. The model is then in evaluation mode."""
+    model.set_vocabulary(pages.classes, **processor(text=pages.classes))
     optimizer = torch.optim.AdamW(parameter_groups(model, clip_learning_rate=clip_learning_rate), lr=learning_rate)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -181,18 +180,11 @@ def _train(
             logging_steps=min(100, steps),
             disable_tqdm=True,
         )
-        trainer = Trainer(
-            model,
-            arguments,
-            lambda examples: default_data_collator(examples) | inputs,
-            train_dataset=Pages(pages, seed),
-            optimizers=(optimizer, None),
-        )
-        trainer.train()
+        Trainer(model, arguments, train_dataset=pages, optimizers=(optimizer, None)).train()
     model.eval()
 
 
-def _draw_page(seed: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The pixels, (3, H, W) uint8, and the label map, (H, W) uint8, of a page without novel compositions."""
-    page = draw_scene(seed, choose_from=BASE)
+def _draw_page(seed: list[int], compositions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels, (3, H, W) uint8, and the label map, (H, W) uint8, of a page of these compositions only."""
+    page = draw_scene(seed, choose_from=compositions)
     return to_array(page.image), page.label_map
