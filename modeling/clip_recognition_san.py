@@ -5,12 +5,15 @@ This is the one file that knows CLIPVisionModel's inner parts. The original runs
 the recognition tokens, and a recognition token sees the patches, with its bias, and itself. So the same function is a
 plain pass of the image tokens plus one biased cross attention per layer, and that is what runs here: the stock layer
 gets [class, patches, recognition] and does all its linear maps, norms and MLPs on it, while the attention function
-registered below keeps the two groups apart. Adapters, quantised linears and gradient checkpointing of the layers work
-as ever, since no layer code is replaced.
+registered below keeps the two groups apart. Nobody reads the last layer's image tokens: it gets the recognition tokens
+alone, and the attention function adds the keys and values of the patches. Adapters, quantised linears and gradient
+checkpointing of the layers work as ever, since no layer code is replaced.
 Shapes: B images, Q queries, W CLIP's width, Hc x Wc CLIP's grid, N = Hc * Wc, h CLIP's heads.
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +26,8 @@ from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings, eager_a
 from .positions_san import resize_positions
 
 
-RECOGNITION_ATTENTION = "san_recognition"
+# A name for each copy of this code: checkpoints may bring their own.
+RECOGNITION_ATTENTION = f"san_recognition of {__name__}"
 
 
 def recognition_attention_forward(
@@ -35,55 +39,56 @@ def recognition_attention_forward(
     scaling: float,
     dropout: float = 0.0,
     recognition_attentions: list[torch.Tensor] | None = None,
+    patches: Callable[[], torch.Tensor] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention of a deep CLIP layer over [class, patches, R recognition tokens].
+    Attention of a deep CLIP layer over [class, patches, R recognition tokens], or, of the last one, of the recognition
+    tokens alone.
 
     Args:
         module: the layer's `CLIPAttention`.
-        query, key, value: (B, h, 1 + N + R, head_dim).
+        query, key, value: (B, h, 1 + N + R or R, head_dim).
         attention_mask: additive mask (B, h or 1, R, N + R) of the recognition tokens over [patches, recognition]. With
             None there are no recognition tokens and this is CLIP's own attention.
         scaling: factor of the dot products.
         dropout: dropout rate of the attention weights.
         recognition_attentions: a list to which the recognition tokens' weights (B, h, R, N + R) are appended.
+        patches: where query, key and value are of the recognition tokens alone: gives the layer's normalised patch
+            tokens (B, N, W).
 
     Returns:
-        (B, 1 + N + R, h, head_dim), and no weights.
+        (B, 1 + N + R or R, h, head_dim), and no weights.
     """
     deep_config = cast(CLIPVisionConfig, module.config)  # made by `prepare_clip`
     implementation = deep_config.image_config._attn_implementation
     image_attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     if attention_mask is None:
         return image_attention(module, query, key, value, None, scaling=scaling, dropout=dropout, **kwargs)
-    num_image_tokens = query.shape[2] - attention_mask.shape[2]
-    image_output, _ = image_attention(
-        module,
-        query[:, :, :num_image_tokens],
-        key[:, :, :num_image_tokens],
-        value[:, :, :num_image_tokens],
-        None,
-        scaling=scaling,
-        dropout=dropout,
-        **kwargs,
-    )
+    outputs = []
+    if patches is None:
+        num_image_tokens = query.shape[2] - attention_mask.shape[2]
+        image_tokens = (states[:, :, :num_image_tokens] for states in (query, key, value))
+        output, _ = image_attention(module, *image_tokens, None, scaling=scaling, dropout=dropout, **kwargs)
+        outputs.append(output)
+        query, key, value = query[:, :, num_image_tokens:], key[:, :, 1:], value[:, :, 1:]
+    else:
+        states = patches()
+        of_patches = (module.get_submodule(name)(states) for name in ("k_proj", "v_proj"))
+        # (B, N, W) -> (B, h, N, head_dim)
+        key, value = (
+            torch.cat([part.unflatten(2, (-1, own.shape[-1])).transpose(1, 2), own], dim=2)
+            for part, own in zip(of_patches, (key, value))
+        )
     # Of the fused kernels only sdpa takes an arbitrary additive mask; only eager has weights to return.
     eager = implementation == "eager" or recognition_attentions is not None
     biased_attention = eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS["sdpa"]
-    recognition_output, weights = biased_attention(
-        module,
-        query[:, :, num_image_tokens:],
-        key[:, :, 1:],
-        value[:, :, 1:],
-        attention_mask,
-        scaling=scaling,
-        dropout=dropout,
-        **kwargs,
+    output, weights = biased_attention(
+        module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
     )
     if recognition_attentions is not None:
         recognition_attentions.append(weights)
-    return torch.cat([image_output, recognition_output], dim=1), None
+    return torch.cat([*outputs, output], dim=1), None
 
 
 AttentionInterface.register(RECOGNITION_ATTENTION, recognition_attention_forward)
@@ -165,7 +170,8 @@ def max_pool(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 def pool_attention_bias(attention_bias: torch.Tensor, grid: tuple[int, int], pooling: str) -> torch.Tensor:
     """Brings the attention bias (B, n, heads, Q, Hs, Ws) to CLIP's grid and flattens it: (B, n, heads, Q, N)."""
-    maps = attention_bias.flatten(1, 3)  # (B, n * heads * Q, Hs, Ws)
+    # (B, n * heads * Q, Hs, Ws), channels last as the mask decoder makes them: there, stock pooling is 20 times faster.
+    maps = attention_bias.permute(0, 4, 5, 1, 2, 3).flatten(3).permute(0, 3, 1, 2)
     if pooling == "max":
         maps = max_pool(maps, grid)
     elif pooling == "avg":
@@ -209,10 +215,16 @@ def recognize(
     masks = mask.to(hidden_states.dtype).unbind(1)  # n x (B, h or 1, R, N + R)
 
     recognition_attentions: list[torch.Tensor] = []
-    kwargs = {"recognition_attentions": recognition_attentions} if output_attentions else {}
+    kwargs: dict[str, Any] = {"recognition_attentions": recognition_attentions} if output_attentions else {}
     hidden_states = torch.cat([hidden_states, recognition_tokens], dim=1)
-    for i, layer in enumerate(vision_model.encoder.layers[recognition_layer:]):
-        # The mask goes by position: reentrant gradient checkpointing drops the gradients of keyword arguments.
+    layers = vision_model.encoder.layers[recognition_layer:]
+    for i, layer in enumerate(layers):
+        # Reentrant gradient checkpointing drops the gradients of keyword arguments: so the mask goes by position, and a
+        # last layer that is checkpointed gets all tokens as the others do.
+        is_checkpointed = layer.training and layer.gradient_checkpointing
+        if layer is layers[-1] and not is_checkpointed:
+            kwargs["patches"] = partial(layer.get_submodule("layer_norm1"), hidden_states[:, 1:-num_tokens])
+            hidden_states = hidden_states[:, -num_tokens:]
         hidden_states = layer(hidden_states, masks[i % len(masks)], **kwargs)
     recognized = vision_model.post_layernorm(hidden_states[:, -num_tokens:])
     return recognized, recognition_attentions

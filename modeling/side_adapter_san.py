@@ -6,7 +6,7 @@ Shapes: B images, Q queries, Ca the adapter's width, Hs x Ws its grid (image / p
 CLIP's grid, h CLIP's heads, n bias layers.
 """
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -203,10 +203,14 @@ class MaskDecoderMLP(nn.Module):
             starting_uniform(nn.Linear(i, o), weight=1.0, bias=1.0) for i, o in zip(dims[:-1], dims[1:])
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def encode(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """All layers but the last."""
         for layer in self.layers[:-1]:
             hidden_states = F.relu(layer(hidden_states))
-        return self.layers[-1](hidden_states)
+        return hidden_states
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.layers[-1](self.encode(hidden_states))
 
 
 class AttentionBiasScaling(nn.Module):
@@ -221,7 +225,7 @@ class AttentionBiasScaling(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
 
     def forward(self, attention_bias: torch.Tensor) -> torch.Tensor:
-        return attention_bias * self.weight.squeeze() + self.bias
+        return torch.addcmul(self.bias, attention_bias, self.weight)
 
 
 class MaskDecoder(nn.Module):
@@ -258,12 +262,27 @@ class MaskDecoder(nn.Module):
         mask_logits = query_embeds @ self.pixel_mlp(patches).transpose(1, 2)  # (B, Q, Hs * Ws)
         if self.attention_mlp is None:
             return mask_logits.unflatten(-1, grid), torch.zeros_like(mask_logits)[:, None, None].unflatten(-1, grid)
-        # (B, Hs * Ws, n * heads * c) -> (B, n, heads, c, Hs * Ws)
-        attention_features = self.attention_mlp(patches).unflatten(
-            2, (self.num_bias_layers, self.num_bias_heads, query_embeds.shape[-1])
-        )
-        attention_features = attention_features.permute(0, 2, 3, 4, 1)
-        attention_bias = query_embeds[:, None, None] @ attention_features  # (B, n, heads, Q, Hs * Ws)
+        attention_bias = self.predict_attention_bias(query_embeds, patches)  # (B, Hs * Ws, n * heads * Q)
         if self.bias_scaling is not None:
             attention_bias = self.bias_scaling(attention_bias)
-        return mask_logits.unflatten(-1, grid), attention_bias.unflatten(-1, grid)
+        attention_bias = attention_bias.unflatten(2, (self.num_bias_layers, self.num_bias_heads, self.num_queries))
+        return mask_logits.unflatten(-1, grid), attention_bias.permute(0, 2, 3, 4, 1).unflatten(-1, grid)
+
+    def predict_attention_bias(self, query_embeds: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """
+        Inner products of the queries (B, Q, c) with `attention_mlp`'s features of the patches (B, Hs * Ws, Ca), in each
+        bias layer and head: (B, Hs * Ws, n * heads * Q).
+
+        The n * heads * c features of each patch are far more than the values that its last layer makes them of. As that
+        layer is linear, the queries meet its weights instead, and the products meet the values. The weights are read
+        off as what it makes of the unit vectors, so that any linear layer will do: one with LoRA, an 8-bit one, one
+        whose weights are elsewhere until it is called.
+        """
+        attention_mlp = cast(MaskDecoderMLP, self.attention_mlp)
+        hidden_states = attention_mlp.encode(patches)  # (B, Hs * Ws, c')
+        dim = hidden_states.shape[-1]
+        unit_vectors = torch.eye(dim + 1, dim, dtype=hidden_states.dtype, device=hidden_states.device)  # and zero
+        features = attention_mlp.layers[-1](unit_vectors).unflatten(1, (-1, query_embeds.shape[-1]))
+        weights, offset = features[:-1] - features[-1], features[-1:]  # (c' and 1, n * heads, c)
+        weights, offset = (torch.einsum("bqc,dnc->bdnq", query_embeds, part).flatten(2) for part in (weights, offset))
+        return torch.baddbmm(offset, hidden_states, weights)
