@@ -74,7 +74,8 @@ EXAMPLE = re.compile(
 NOTES = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "lora_folder"),
     *("base_model_name_or_path", "base_model_revision", "base_model_sha256", "base_model_sha256_half"),
-    *("custom_pipelines", "freeze_clip", "output_attentions", "output_hidden_states", "return_dict", "processor_class"),
+    *("custom_pipelines", "freeze_clip", "freeze_positions", "output_attentions", "output_hidden_states"),
+    *("return_dict", "processor_class"),
 }
 
 

@@ -71,6 +71,9 @@ class SANConfig(PreTrainedConfig):
             `"bilinear"` or `"bicubic"` interpolation.
         freeze_clip (`bool`, *optional*, defaults to `True`):
             Whether CLIP is frozen, all but its vision position embeddings (the paper's setting).
+        freeze_positions (`bool`, *optional*, defaults to `False`):
+            Whether a frozen CLIP's vision position embeddings are frozen, too. Not the paper's training, but a cheaper
+            one: no gradient runs through CLIP's shallow layers.
         train_num_points (`int`, *optional*, defaults to 12544):
             Points sampled per mask for the matching and for the mask losses.
         oversample_ratio (`float`, *optional*, defaults to 3.0):
@@ -153,6 +156,7 @@ class SANConfig(PreTrainedConfig):
     rescale_attention_bias: bool = True
     bias_pooling: str = "max"
     freeze_clip: bool = True
+    freeze_positions: bool = False
     train_num_points: int = 12544
     oversample_ratio: float | int = 3.0
     importance_sample_ratio: float | int = 0.75

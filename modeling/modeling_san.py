@@ -33,7 +33,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .adapter_folder_san import HUB_ARGUMENTS, complete_with_base, find_lora, find_side_adapter, load_lora
 from .adapters_san import SideAdapterMixin
-from .base_clip_san import CLIP_PARTS, clip_name, find_commit
+from .base_clip_san import CLIP_PARTS, POSITION_EMBEDDING, clip_name, find_commit
 from .clip_recognition_san import encode_shallow, pool_attention_bias, prepare_clip, recognize
 from .configuration_checks_san import check_carried_names
 from .configuration_san import SANConfig
@@ -191,11 +191,12 @@ class SANPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*args, **kwargs)
 
     def freeze_clip(self):
-        """Freezes CLIP, all but its vision position embeddings, if `config.freeze_clip`."""
+        """Freezes CLIP if `config.freeze_clip`; its vision position embeddings only if `config.freeze_positions`."""
         if not self.config.freeze_clip:
             return
         for name, parameter in self.named_parameters():
-            if clip_name(name) is not None:
+            is_position = name.removeprefix("model.") == POSITION_EMBEDDING
+            if clip_name(name) is not None or (is_position and self.config.freeze_positions):
                 parameter.requires_grad_(False)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs):

@@ -71,6 +71,12 @@ def test_clip_is_frozen_but_for_its_vision_positions(config, tmp_path):
     assert trainable(loaded) == expected and not info["missing_keys"]
     thawed = SANForSemanticSegmentation.from_pretrained(tmp_path, freeze_clip=False)
     assert trainable(thawed) == {name for name, _ in model.named_parameters()}
+    position = "model.vision_model.embeddings.position_embedding.weight"
+    all_frozen = SANForSemanticSegmentation.from_pretrained(tmp_path, freeze_positions=True)
+    assert trainable(all_frozen) == expected - {position}
+    assert trainable(SANModel.from_pretrained(tmp_path, freeze_positions=True)) == trainable(base) - {
+        position.removeprefix("model.")
+    }
 
 
 # ---- where classes come from
