@@ -238,16 +238,28 @@ def load_lora(model: Any, folder: str, name: str = "default") -> None:
         name: what to call them.
 
     Raises:
-        ValueError: the installed PEFT doesn't find a place for all of them, or not all that the model needs are there.
+        ValueError: see [`restore_lora`].
     """
     # Transformers' own load_adapter (5.23) doesn't know all of PEFT's names, and leaves DoRA's magnitudes as new.
     try:
-        from peft import PeftConfig, set_peft_model_state_dict
+        from peft import PeftConfig
     except ImportError as error:
         raise ImportError(f"'{folder}' holds LoRA weights, which PEFT loads: pip install peft ({error})") from error
     peft_config = PeftConfig.from_pretrained(folder)
     peft_config.inference_mode = False
     model.add_adapter(peft_config, name)
+    restore_lora(model, folder, name)
+
+
+def restore_lora(model: nn.Module, folder: str | os.PathLike, name: str) -> None:
+    """
+    Gives LoRA weights that are on a model the values of a folder.
+
+    Raises:
+        ValueError: the installed PEFT doesn't find a place for all of them, or not all that the model needs are there.
+    """
+    from peft import set_peft_model_state_dict
+
     tensors = load_file(os.path.join(folder, LORA_FILE))
     tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     result: Any = set_peft_model_state_dict(model, tensors, name)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from san_hf.cards import render_card
@@ -20,6 +20,7 @@ from san_hf.files import write_file
 from san_hf.hub import push_folder
 from san_hf.messages import escape_markdown, join_some
 from san_hf.modeling import SANForSemanticSegmentationOutput, SANProcessor
+from san_hf.modeling.adapter_folder_san import LORA_FOLDER, active_lora, restore_lora
 from san_hf.modeling.card_san import CARD_FILE, describe_contents
 from san_hf.modeling.fast_linear_san import fast_linear
 from san_hf.training.augmentation import TrainingTransform
@@ -268,6 +269,22 @@ class SANTrainer(Trainer):
         """[`Trainer.training_step`], by the faster library's float32 products on a CPU."""
         with fast_linear(self.args.device):
             return super().training_step(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore_lora(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._restore_lora(Path(str(self.state.best_model_checkpoint)))
+
+    def _restore_lora(self, checkpoint: Path) -> None:
+        """LoRA's weights are saved beside the model's, where `Trainer` doesn't look for them."""
+        model = self.accelerator.unwrap_model(self.model)
+        # Under an engine they are in its own state; PEFT's own models have them where `Trainer` looks.
+        elsewhere = self.is_fsdp_enabled or self.is_deepspeed_enabled or not isinstance(model, PreTrainedModel)
+        if not elsewhere and (lora := active_lora(model)):
+            restore_lora(model, checkpoint / LORA_FOLDER, lora[0])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card of the model in `output_dir`: what was trained on, how, and what was measured of it."""

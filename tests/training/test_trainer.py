@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
@@ -391,6 +392,45 @@ def test_resumes(folder, tmp_path):
     whole, part = (from_pretrained(tmp_path / name)[0].state_dict() for name in ("whole", "part"))
     for name, values in whole.items():
         torch.testing.assert_close(part[name], values, rtol=0, atol=0, msg=f"{name} differs")
+
+
+def lora_trainer(folder: Path, output: Path, **options) -> SANTrainer:
+    """A training of four steps with LoRA on CLIP, and a checkpoint after each second."""
+    model, processor = from_pretrained(folder / "model")
+    data = data_of(folder, "train")
+    model.set_vocabulary(data.class_names, **processor(text=data.class_names, return_tensors="pt"))
+    torch.manual_seed(0)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    arguments = TrainingArguments(
+        output_dir=str(output), max_steps=4, per_device_train_batch_size=2, save_steps=2, report_to="none",
+        use_cpu=True, learning_rate=1e-2, max_grad_norm=1.0, disable_tqdm=True,
+        train_sampling_strategy="sequential", **options,
+    )  # fmt: skip
+    examples = TrainingExamples(data, TrainingTransform(32), length=8)
+    evaluated = EvaluationExamples(data_of(folder, "validation"), processor)
+    collator = SegmentationCollator(processor)
+    return SANTrainer(model, arguments, collator, train_dataset=examples, eval_dataset=evaluated)
+
+
+def test_resumes_with_lora(folder, tmp_path):
+    """LoRA weights that start anew where a training goes on: Trainer doesn't look for them where SAN saves them."""
+    whole = lora_trainer(folder, tmp_path)
+    whole.train()
+    resumed = lora_trainer(folder, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, values in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], values), name
+
+
+def test_best_model_with_lora(folder, tmp_path):
+    """The best step's side adapter with the last one's LoRA weights."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = lora_trainer(folder, tmp_path, load_best_model_at_end=True, per_device_eval_batch_size=1, **options)
+    trainer.train()
+    best = from_pretrained(trainer.state.best_model_checkpoint)[0].state_dict()
+    assert trainer.state.best_global_step == 2 and any(".lora_B" in name for name in best)
+    for name, values in trainer.model.state_dict().items():
+        assert torch.equal(best[name], values), name
 
 
 def test_two_processes(folder, trained, tmp_path):
