@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
@@ -138,7 +139,18 @@ def complete_with_base(
     check_sizes(config.clip_config, clip.config, f"'{adapter_file}'")
     inner = ("vision_model.", "visual_projection.")
     whole = {f"model.{key}" if key.startswith(inner) else key: tensor for key, tensor in base.items()}
-    return whole | load_file(adapter_file)
+    return whole | read_tensors(adapter_file)
+
+
+def read_tensors(file: str) -> dict[str, torch.Tensor]:
+    """
+    Raises:
+        OSError: it can't be read, or isn't a safetensors file.
+    """
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise OSError(f"'{file}' can't be read: {error}. Get the folder again.") from error
 
 
 def check_sizes(described: Any, clip: Any, location: str) -> None:
@@ -260,7 +272,7 @@ def restore_lora(model: nn.Module, folder: str | os.PathLike, name: str) -> None
     """
     from peft import set_peft_model_state_dict
 
-    tensors = load_file(os.path.join(folder, LORA_FILE))
+    tensors = read_tensors(os.path.join(folder, LORA_FILE))
     tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     result: Any = set_peft_model_state_dict(model, tensors, name)
     wrong = [key for key in result.missing_keys if ".lora_" in key and f".{name}" in key] + result.unexpected_keys
@@ -268,6 +280,21 @@ def restore_lora(model: nn.Module, folder: str | os.PathLike, name: str) -> None
         raise ValueError(
             f"'{folder}' doesn't fit the model: {len(wrong)} LoRA tensors are missing or unknown "
             f"({', '.join(wrong[:3])}). Get the folder again, or install the version of PEFT that wrote it."
+        )
+
+
+def check_lora_of_clip(folder: str) -> None:
+    """
+    Raises:
+        ValueError: LoRA weights of a folder are of the side adapter's own layers, too, which change places.
+    """
+    names = [name.removeprefix("base_model.model.") for name in read_tensors(os.path.join(folder, LORA_FILE))]
+    own = sorted({layer for name in names if clip_name(f"{(layer := name.split('.lora_')[0])}.weight") is None})
+    if own:
+        raise ValueError(
+            f"'{folder}' has LoRA weights of {len(own)} of the side adapter's own layers ({', '.join(own[:3])}), which "
+            "can't be used beside other side adapters: load it with from_pretrained, or train LoRA on CLIP's layers "
+            "alone, such as target_modules=['q_proj', 'v_proj']."
         )
 
 

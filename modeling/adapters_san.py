@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -20,6 +20,7 @@ from .adapter_folder_san import (
     WEIGHT_FILES,
     activate_lora,
     active_lora,
+    check_lora_of_clip,
     check_peft,
     check_sizes,
     find_lora,
@@ -28,6 +29,7 @@ from .adapter_folder_san import (
     keep_trainable,
     load_lora,
     lora_layers,
+    read_tensors,
     save_lora,
     select_side_adapter,
 )
@@ -236,6 +238,11 @@ class SideAdapterMixin(PreTrainedModel):
         with keep_trainable(self):
             return super().load_adapter(*args, **kwargs)
 
+    def set_adapter(self, adapter_name: list[str] | str) -> None:
+        """[`PreTrainedModel.set_adapter`], PEFT's; also where LoRA was off, for a side adapter that has none."""
+        super().set_adapter(adapter_name)
+        activate_lora(self, (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name))
+
     # ---- several on one CLIP
 
     @property
@@ -279,7 +286,7 @@ class SideAdapterMixin(PreTrainedModel):
             )
         self._check_clip_of(config, name_or_path)
         other = self._beside(config)
-        tensors = load_file(file)
+        tensors = read_tensors(file)
         expected = select_side_adapter(other.state_dict())
         wrong = sorted(
             key
@@ -294,6 +301,7 @@ class SideAdapterMixin(PreTrainedModel):
         like = self.no_object_embed
         other.load_state_dict({key: tensor.to(like) for key, tensor in tensors.items()}, strict=False, assign=True)
         if (lora := find_lora(name_or_path, config, **where)) is not None:
+            check_lora_of_clip(lora)
             before = active_lora(self)
             load_lora(self, lora, name)
             self._lora_of[name] = (name,)

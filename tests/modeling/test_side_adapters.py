@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForSemanticSegmentation, CLIPModel
 
 from san_hf import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling import SANConfig
-from san_hf.modeling.adapter_folder_san import select_side_adapter
+from san_hf.modeling.adapter_folder_san import active_lora, select_side_adapter
 from tests.tiny import tiny_config, tiny_tokenizer
 
 
@@ -487,3 +487,50 @@ def test_what_peft_has_that_is_not_saved(adapter, tmp_path, config, message, ada
     with pytest.raises(ValueError, match=message):
         adapted.save_pretrained(tmp_path / "folder", adapter_only=adapter_only)
     assert not (tmp_path / "folder").exists()
+
+
+def test_lora_added_beside_others(adapter, inputs, tmp_path):
+    """New LoRA weights without any effect, as those of another side adapter have been switched off."""
+    adapted = SANForSemanticSegmentation.from_pretrained(adapter)
+    add_lora(adapted)
+    adapted.save_pretrained(tmp_path / "lora", adapter_only=True)
+    several = SANForSemanticSegmentation.from_pretrained(adapter)
+    several.load_side_adapter(tmp_path / "lora", "lora")
+    plain = outputs_of(several, **inputs)
+    add_lora(several.eval())
+    added = outputs_of(several, **inputs)
+    assert active_lora(several) == ("default",) and not torch.equal(added["mask_embeds"], plain["mask_embeds"])
+    several.set_side_adapter("lora")
+    assert active_lora(several) == ("lora",)
+    several.set_side_adapter("default")
+    assert_equal(outputs_of(several, **inputs), added)
+    several.disable_adapters()
+    assert_equal(outputs_of(several, **inputs), plain)
+    several.set_adapter("default")
+    assert_equal(outputs_of(several, **inputs), added)
+
+
+def test_lora_of_the_side_adapter_itself(adapter, inputs, tmp_path):
+    """LoRA on layers that change places with the side adapter, and stay behind: another function, without a word."""
+    adapted = SANForSemanticSegmentation.from_pretrained(adapter)
+    adapted.add_adapter(LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    adapted.eval().save_pretrained(tmp_path / "lora", adapter_only=True)
+    loaded = SANForSemanticSegmentation.from_pretrained(tmp_path / "lora")
+    assert_equal(outputs_of(loaded, **inputs), outputs_of(adapted, **inputs))
+    several = SANForSemanticSegmentation.from_pretrained(adapter)
+    with pytest.raises(ValueError, match=r"LoRA weights of \d+ of the side adapter's own layers"):
+        several.load_side_adapter(tmp_path / "lora", "lora")
+    assert several.side_adapters == ["default"] and active_lora(several) == ()
+
+
+def test_a_file_that_is_none(adapter, tmp_path):
+    """An error of another library, without the file's name."""
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    (folder / "side_adapter.safetensors").write_bytes(b"no tensors at all")
+    for load in (SANForSemanticSegmentation.from_pretrained, lambda name: new_model_of(adapter, name)):
+        with pytest.raises(OSError, match="side_adapter.safetensors' can't be read"):
+            load(folder)
+
+
+def new_model_of(adapter, other) -> None:
+    SANForSemanticSegmentation.from_pretrained(adapter).load_side_adapter(other, "other")
