@@ -270,8 +270,10 @@ def restore_lora(model: nn.Module, folder: str | os.PathLike, name: str) -> None
     Raises:
         ValueError: the installed PEFT doesn't find a place for all of them, or not all that the model needs are there.
     """
-    from peft import set_peft_model_state_dict
-
+    try:
+        from peft import set_peft_model_state_dict
+    except ImportError as error:
+        raise ImportError(f"'{folder}' holds LoRA weights, which PEFT loads: pip install peft ({error})") from error
     tensors = read_tensors(os.path.join(folder, LORA_FILE))
     tensors = {key.removeprefix("base_model.model."): tensor for key, tensor in tensors.items()}
     result: Any = set_peft_model_state_dict(model, tensors, name)
