@@ -86,12 +86,13 @@ def fitted(text: str, size: int, room: float) -> str:
     return text.rstrip() + ellipsis
 
 
-def with_legend(drawing: Image.Image, entries: Sequence[LegendEntry], font_size: int) -> Image.Image:
+def legend_canvas(size: tuple[int, int], entries: Sequence[LegendEntry], font_size: int) -> Image.Image:
     """
-    The image with its legend: in lines below it, or in columns on its right if it is tall and narrow.
+    A legend with white room for its image, at the top left: in lines below the image, or in columns on its right if it
+    is tall and narrow. An image that is drawn there is in memory once.
 
     Args:
-        drawing: RGB.
+        size: (width, height) of the image, in pixels.
         entries: in the order in which they are listed.
         font_size: in pixels.
     """
@@ -99,17 +100,18 @@ def with_legend(drawing: Image.Image, entries: Sequence[LegendEntry], font_size:
     cells = [_Cell(entry, font_size) for entry in entries]
     widest = max(cell.width for cell in cells) + gap
     positions: list[tuple[float, float]] = []
-    if drawing.height > 2 * drawing.width and drawing.width < _ROOM * font_size:
-        rows = min(max(1, (drawing.height - 2 * gap) // line), len(cells))
+    image_width, image_height = size
+    if image_height > 2 * image_width and image_width < _ROOM * font_size:
+        rows = min(max(1, (image_height - 2 * gap) // line), len(cells))
         columns = -(-len(cells) // rows)
         rows = -(-len(cells) // columns)
-        size = drawing.width + gap + round(columns * widest), max(drawing.height, 2 * gap + rows * line)
+        size = image_width + gap + round(columns * widest), max(image_height, 2 * gap + rows * line)
         positions = [
-            (drawing.width + gap + number // rows * widest, gap + number % rows * line) for number in range(len(cells))
+            (image_width + gap + number // rows * widest, gap + number % rows * line) for number in range(len(cells))
         ]
     else:
-        width = max(drawing.width, round(widest) + gap)
-        x, y = float(gap), float(drawing.height + gap)
+        width = max(image_width, round(widest) + gap)
+        x, y = float(gap), float(image_height + gap)
         for cell in cells:
             if x > gap and x + cell.width + gap > width:
                 x, y = float(gap), y + line
@@ -117,7 +119,6 @@ def with_legend(drawing: Image.Image, entries: Sequence[LegendEntry], font_size:
             x += cell.width + gap
         size = width, round(y) + line + gap
     canvas = Image.new("RGB", size, (255, 255, 255))
-    canvas.paste(drawing)
     draw = ImageDraw.Draw(canvas)
     for cell, (x, y) in zip(cells, positions):
         cell.draw(draw, x, y)

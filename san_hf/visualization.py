@@ -1,6 +1,6 @@
 """Visualisations of label maps: class maps, overlays with names and a legend, and comparisons."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,10 +9,19 @@ from scipy import ndimage
 
 from san_hf.colors import OTHER_COLOR, Color, class_colors, name_colors
 from san_hf.images import to_rgb
-from san_hf.legend import LegendEntry, drawn_name, fitted, text_font, with_legend
+from san_hf.legend import LegendEntry, drawn_name, fitted, legend_canvas, text_font
 
 
-__all__ = ["OTHER_COLOR", "Comparison", "class_colors", "colorize", "draw_comparisons", "draw_overlay", "name_colors"]
+__all__ = [
+    "OTHER_COLOR",
+    "Comparison",
+    "class_colors",
+    "colorize",
+    "count_labels",
+    "draw_comparisons",
+    "draw_overlay",
+    "name_colors",
+]
 
 # An overlay is enlarged by a whole factor until its longer side is about this many pixels, so that names can be read.
 READABLE_SIZE = 640
@@ -21,6 +30,9 @@ PLACEMENT_SIZE = 512
 # An outline runs inside of parts of regions that are at least this many times as wide, and not beside parts of less
 # than a quarter of that: finer masks would be hidden.
 OUTLINED_WIDTH = 16
+# What is as large as the image is made in bands of so many rows: the intermediate arrays would take several times the
+# memory of a large photograph. Fewer rows would cost more time for what is looked at beyond them.
+ROWS_AT_ONCE = 384
 # In comparisons: what has no label, what is wrong, and the longer side of each image.
 UNLABELLED_COLOR = (24, 24, 24)
 ERROR_COLOR = (230, 30, 30)
@@ -38,8 +50,24 @@ def colorize(label_map: np.ndarray, colors: np.ndarray) -> Image.Image:
     Raises:
         ValueError: a label without a colour.
     """
-    label_map = _checked(label_map, len(colors))
-    return Image.fromarray(np.take(np.asarray(colors, dtype=np.uint8), label_map, axis=0))
+    label_map, colors = _checked(label_map, len(colors)), np.asarray(colors, dtype=np.uint8)
+    drawing = Image.new("RGB", label_map.shape[::-1])
+    for rows in _bands(label_map):
+        drawing.paste(Image.fromarray(np.take(colors, label_map[rows], axis=0)), (0, rows.start))
+    return drawing
+
+
+def count_labels(label_map: np.ndarray, count: int) -> np.ndarray:
+    """
+    Number of pixels of each label, (count,) int64.
+
+    Args:
+        label_map: (H, W) integers in 0..count - 1.
+        count: of the labels.
+    """
+    return sum(
+        (np.bincount(label_map[rows].ravel(), minlength=count) for rows in _bands(label_map)), np.zeros(count, int)
+    )
 
 
 def draw_overlay(
@@ -77,17 +105,27 @@ def draw_overlay(
 
     factor = max(1, round(READABLE_SIZE / max(image.size)))
     # Few bytes a pixel, which is what comparing them costs.
-    label_map = _checked(label_map, len(colors)).astype(np.min_scalar_type(len(colors)))
-    label_map = label_map.repeat(factor, axis=0).repeat(factor, axis=1)
-    size = (image.width * factor, image.height * factor)
-    drawing = Image.blend(to_rgb(image).resize(size, Image.Resampling.BICUBIC), colorize(label_map, colors), opacity)
-    drawing.paste((255, 255, 255), mask=_outlines(label_map))
+    label_map = _checked(label_map, len(colors)).astype(np.min_scalar_type(len(colors)), copy=False)
+    image, size = to_rgb(image), (image.width * factor, image.height * factor)
+    if factor > 1:
+        label_map = label_map.repeat(factor, axis=0).repeat(factor, axis=1)
+        image = image.resize(size, Image.Resampling.BICUBIC)
     # About as many letters across whatever the size, and never out of proportion to a thin image.
     font_size = max(14, min(round((size[0] * size[1]) ** 0.5 / 35), min(size) // 8))
     stroke = max(2, font_size // 8)
-    draw = ImageDraw.Draw(drawing)
-    counts = np.bincount(label_map.ravel(), minlength=len(class_names))
+    counts = count_labels(label_map, len(class_names))
     names = {label: drawn_name(label, class_names[label]) for label in np.flatnonzero(counts).tolist()}
+    largest_first = sorted(names, key=lambda label: -counts[label])
+    entries = [
+        LegendEntry(colors[label], names[label], f"{counts[label] / label_map.size:.1%}") for label in largest_first
+    ]
+    drawing = legend_canvas(size, entries, font_size)
+    for rows in _bands(label_map):
+        part = image.crop((0, rows.start, image.width, rows.stop))
+        part = Image.blend(part, colorize(label_map[rows], colors), opacity)
+        part.paste((255, 255, 255), mask=_outlines(label_map, rows))
+        drawing.paste(part, (0, rows.start))
+    draw = ImageDraw.Draw(drawing)
     for label, position in _placements(label_map, names, font_size, stroke).items():
         draw.text(
             position,
@@ -98,11 +136,13 @@ def draw_overlay(
             stroke_width=stroke,
             stroke_fill=(0, 0, 0),
         )
-    largest_first = sorted(names, key=lambda label: -counts[label])
-    entries = [
-        LegendEntry(colors[label], names[label], f"{counts[label] / label_map.size:.1%}") for label in largest_first
-    ]
-    return with_legend(drawing, entries, font_size)
+    return drawing
+
+
+def _bands(label_map: np.ndarray) -> Iterator[slice]:
+    """The rows of a label map, so many at once."""
+    for top in range(0, len(label_map), ROWS_AT_ONCE):
+        yield slice(top, min(top + ROWS_AT_ONCE, len(label_map)))
 
 
 def _checked(label_map: np.ndarray, count: int) -> np.ndarray:
@@ -115,12 +155,16 @@ def _checked(label_map: np.ndarray, count: int) -> np.ndarray:
     return label_map
 
 
-def _outlines(label_map: np.ndarray) -> Image.Image:
+def _outlines(label_map: np.ndarray, rows: slice) -> Image.Image:
     """
-    A mask of where one region ends and another begins, as wide as the image's size asks for: on the right or lower
-    side of each border, or on the other side if the region there is too fine; none beside what it would drown.
+    A mask of where one region ends and another begins, for some rows, as wide as the image's size asks for: on the
+    right or lower side of each border, or on the other side if the region there is too fine; none beside what it would
+    drown.
     """
     width = 2 * (max(label_map.shape) // 1500) + 1
+    # Rows beyond which nothing is looked at: a square's side, what is beside a border, and the outline itself.
+    top = max(0, rows.start - (OUTLINED_WIDTH + 1) * width - 2)
+    label_map = label_map[top : rows.stop + (OUTLINED_WIDTH + 1) * width + 2]
     wide = _as_wide_as(OUTLINED_WIDTH * width + 1, label_map)
     seen = _as_wide_as(OUTLINED_WIDTH // 4 * width + 1, label_map)
     edges = np.zeros(label_map.shape, dtype=bool)
@@ -129,7 +173,8 @@ def _outlines(label_map: np.ndarray) -> Image.Image:
         border = labels[1:] != labels[:-1]
         marked[1:] |= border & inside[1:] & visible[:-1]
         marked[:-1] |= border & inside[:-1] & visible[1:] & ~inside[1:]
-    return Image.fromarray(255 * (_extreme(edges, width, np.maximum) & wide).astype(np.uint8))
+    outlines = _extreme(edges, width, np.maximum) & wide
+    return Image.fromarray(255 * outlines[rows.start - top : rows.stop - top].astype(np.uint8))
 
 
 def _as_wide_as(side: int, label_map: np.ndarray) -> np.ndarray:
@@ -276,7 +321,9 @@ def draw_comparisons(
         y += line + cells[0].height + gap
     names = [*(drawn_name(label, name) for label, name in enumerate(class_names)), "other", "no label"]
     entries = [LegendEntry(colors[label], names[label]) for label in np.flatnonzero(seen)]
-    return with_legend(canvas, [*entries, LegendEntry(ERROR_COLOR, "wrong")], font_size)
+    drawing = legend_canvas(canvas.size, [*entries, LegendEntry(ERROR_COLOR, "wrong")], font_size)
+    drawing.paste(canvas)
+    return drawing
 
 
 def _fit(drawing: Image.Image, resample: Image.Resampling) -> Image.Image:

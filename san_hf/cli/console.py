@@ -39,7 +39,6 @@ def fail(message: object) -> NoReturn:
 
 def quiet_libraries() -> None:
     """No progress bars and warnings of Transformers and `datasets`: the command itself says what goes wrong."""
-    import datasets
     import huggingface_hub.utils.logging
     from transformers.utils import logging
 
@@ -47,7 +46,10 @@ def quiet_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity_error()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    # Not imported for it: most commands need no `datasets`, which takes a second and 50 MB. It reads this when it is.
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     show_notices()
 
 

@@ -317,11 +317,15 @@ def load_segmenter(
 
     from san_hf.devices import pick_device
     from san_hf.inference import Segmenter
+    from san_hf.memory import page_out
 
     quiet_libraries()
-    return Segmenter.from_pretrained(
+    segmenter = Segmenter.from_pretrained(
         model, class_names, device=pick_device(device), dtype=getattr(torch, dtype), **options
     )
+    # The names are encoded: images need nothing of it any more.
+    page_out(segmenter.predictor.model.text_model)
+    return segmenter
 
 
 def print_legend(segmentation: "Segmentation", short: bool) -> None:

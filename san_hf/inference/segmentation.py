@@ -14,7 +14,7 @@ from PIL import Image
 from san_hf.colors import OTHER_COLOR, Color, name_colors
 from san_hf.inference import exchange
 from san_hf.inference.writers import DEFAULT_FORMATS, write_formats
-from san_hf.visualization import colorize, draw_overlay
+from san_hf.visualization import colorize, count_labels, draw_overlay
 
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Segmentation:
     @cached_property
     def pixels(self) -> np.ndarray:
         """Number of pixels of each label, (C,) int64."""
-        return np.bincount(self.label_map.ravel(), minlength=len(self.class_names))
+        return count_labels(self.label_map, len(self.class_names))
 
     def legend(self) -> list[dict[str, Any]]:
         """Every class in label order: its label, name, number and share (0..1) of pixels, and colour ("#rrggbb")."""

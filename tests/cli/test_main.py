@@ -29,6 +29,21 @@ def run_python(code: str) -> str:
     return done.stdout
 
 
+def test_segment_does_without_data_sets(tmp_path):
+    """Catches an import of `datasets`, pandas and pyarrow for one image: a second and 50 MB."""
+    photo = ROOT / "san_hf/checkpoints/picture-book/sample.png"
+    code = f"""
+import sys
+from typer.testing import CliRunner
+from san_hf.cli import app
+arguments = ["segment", {str(photo)!r}, "--classes", "a,b", "--output", {str(tmp_path)!r}]
+result = CliRunner().invoke(app, arguments)
+assert result.exit_code == 0, result.output
+print(sorted({{"datasets", "pyarrow"}} & set(sys.modules)))
+"""
+    assert run_python(code).strip() == "[]"
+
+
 def test_help_and_version_import_nothing_heavy():
     """Catches an import that makes help wait for torch, Transformers or datasets."""
     code = f"""

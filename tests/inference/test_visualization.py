@@ -5,8 +5,9 @@ import pytest
 from PIL import Image, ImageFont
 from scipy import ndimage
 
+from san_hf import visualization
 from san_hf.colors import class_colors, name_colors
-from san_hf.visualization import colorize, draw_overlay
+from san_hf.visualization import colorize, count_labels, draw_overlay
 
 
 GREY = Image.new("RGB", (640, 480), (90, 90, 90))
@@ -162,3 +163,25 @@ def test_outlines_are_those_of_plain_filters(size, labels):
     elsewhere = ~ndimage.maximum_filter((drawn < 50).all(-1), 15)
     np.testing.assert_array_equal((drawn == 255).all(-1)[elsewhere], expected[elsewhere])
     assert expected[elsewhere].any() or max(size) < 90
+
+
+@pytest.mark.parametrize("size", [(1700, 900), (500, 60), (60, 700)])
+@pytest.mark.parametrize("rows", [7, 384])
+def test_bands_leave_no_trace(size, rows, monkeypatch):
+    """Catches a seam in outlines, tint or class map where one band of rows ends and the next begins."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 300, (-(-size[1] // 70), -(-size[0] // 90)))
+    label_map = blocks.repeat(70, 0).repeat(90, 1)[: size[1], : size[0]]
+    label_map[rng.integers(0, size[1], 60), rng.integers(0, size[0], 60)] = 0
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    names, colors = [f"n{label}" for label in range(300)], class_colors(300)
+
+    def draw():
+        return [np.asarray(draw_overlay(image, label_map, names)), np.asarray(colorize(label_map, colors))]
+
+    monkeypatch.setattr(visualization, "ROWS_AT_ONCE", 10**6)
+    whole = draw()
+    monkeypatch.setattr(visualization, "ROWS_AT_ONCE", rows)
+    for parts, expected in zip(draw(), whole, strict=True):
+        np.testing.assert_array_equal(parts, expected)
+    np.testing.assert_array_equal(count_labels(label_map, 301), np.bincount(label_map.ravel(), minlength=301))
