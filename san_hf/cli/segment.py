@@ -2,6 +2,7 @@
 
 import glob
 import os
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from san_hf.ahead import run_ahead
 from san_hf.cli.console import explain, fail, quiet_libraries, show, show_error
 from san_hf.cli.options import (
     AverageSynonymsOption,
@@ -52,7 +54,13 @@ from san_hf.vocabularies.files import is_vocabulary_file
 
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from san_hf.inference import Segmentation, Segmenter
+    from san_hf.inference.segmenter import LoadedImage
+
+# What an image, a model's outputs or a disk may cause; other errors are ours.
+EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
 
 EMBEDDED_NOTE = (
     "Model: picture-book, a tiny one that comes with the package to prove the pipeline. It knows simple drawn scenes "
@@ -192,10 +200,13 @@ def segment_all(
     with progress_bar(hidden) as bar:
         task = bar.add_task("Segmenting", total=total, completed=done, speed="")
         try:
-            for path, stem in jobs:
-                if not segment_one(segmenter, path, stem, formats, model, short=journal is not None):
+            for path, stem, segmentation, files in segmented_and_saved(segmenter, jobs, formats, model):
+                if isinstance(segmentation, Exception):
+                    show_error(segmentation, f"{printable(path)}: {explain(segmentation)}")
                     failed += 1
                 else:
+                    show(f"{printable(path)} -> {', '.join(map(printable, files))}")
+                    print_legend(segmentation, short=journal is not None)
                     done += 1
                     if journal is not None:
                         journal.add(path, stem)
@@ -206,6 +217,38 @@ def segment_all(
             show(f"Interrupted: {done} of {total} images are done.{advice}", error=True)
             raise typer.Exit(130) from None
     return failed
+
+
+def segmented_and_saved(
+    segmenter: "Segmenter", jobs: list[tuple[Path, Path]], formats: list[str], model: str
+) -> "Iterator[tuple[Path, Path, Segmentation | Exception, list[Path]]]":
+    """
+    Segments images and writes their files. While the model is at work on one image, the next is read and the one before
+    is written, and nothing else is ahead: at most four images are in memory, with the one whose result was yielded.
+
+    Yields:
+        Image, stem, segmentation and files, in order; of what went wrong, the error in the segmentation's place.
+    """
+
+    def segment(loaded: "Iterable[tuple[tuple[Path, Path], Future[LoadedImage]]]") -> Iterator[tuple[Path, Path, Any]]:
+        for (path, stem), future in loaded:
+            try:
+                yield path, stem, segmenter(future.result())
+            except EXPECTED_ERRORS as error:
+                yield path, stem, error
+
+    def save(segmented: tuple[Path, Path, Any]) -> list[Path]:
+        path, stem, segmentation = segmented
+        if isinstance(segmentation, Exception):
+            return []
+        return segmentation.save(stem, formats, image=printable(path), model=model)
+
+    loaded = run_ahead(lambda job: segmenter.load(job[0]), jobs, 1)
+    for (path, stem, segmentation), future in run_ahead(save, segment(loaded), 1):
+        try:
+            yield path, stem, segmentation, future.result()
+        except EXPECTED_ERRORS as error:
+            yield path, stem, error, []
 
 
 def report_missing(sources: list[tuple[str, Path]], classes: list[str] | None, quiet: bool) -> list[tuple[str, Path]]:
@@ -220,19 +263,6 @@ def report_missing(sources: list[tuple[str, Path]], classes: list[str] | None, q
     if len(missing) == len(sources) or (words and classes):
         raise typer.Exit(2)
     return [source for source in sources if source[0] not in missing]
-
-
-def segment_one(segmenter: "Segmenter", path: Path, stem: Path, formats: list[str], model: str, short: bool) -> bool:
-    """Segments one image and writes its files; whether that went well."""
-    try:
-        segmentation = segmenter(path)
-        files = segmentation.save(stem, formats, image=printable(path), model=model)
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        show_error(error, f"{printable(path)}: {explain(error)}")
-        return False
-    show(f"{printable(path)} -> {', '.join(map(printable, files))}")
-    print_legend(segmentation, short)
-    return True
 
 
 def show_notes(segmenter: "Segmenter", model: str, formats: list[str]) -> None:

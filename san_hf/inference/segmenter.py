@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, overload
 
@@ -13,13 +14,27 @@ from san_hf.colors import Color, parse_color
 from san_hf.hub.load import load_model
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.images import load_image
-from san_hf.inference.predictor import Predictor
+from san_hf.inference.predictor import Predictor, PreparedImage
 from san_hf.inference.segmentation import Segmentation
 from san_hf.inference.vocabulary import ClassNames
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 
 
-AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor
+@dataclass(frozen=True)
+class LoadedImage:
+    """
+    An image that was read and made ready for the model.
+
+    Attributes:
+        image: upright, 8-bit RGB.
+        prepared: the model's inputs.
+    """
+
+    image: Image.Image
+    prepared: PreparedImage
+
+
+AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | LoadedImage
 
 
 class Segmenter:
@@ -96,6 +111,22 @@ class Segmenter:
         """Names of the labels; "other" is the last if there is one."""
         return list(self.vocabulary.class_names)
 
+    def load(self, image: AnyImage) -> LoadedImage:
+        """
+        The part of the work before the model: reads an image and makes it ready. Other threads may do it while the
+        model is at work on the images before.
+
+        Args:
+            image: see `__call__`.
+
+        Raises:
+            ImageError: the image can't be read.
+        """
+        if isinstance(image, LoadedImage):
+            return image
+        image = load_image(image)
+        return LoadedImage(image, self.predictor.prepare(image))
+
     # A string is a sequence of strings, too, and a sequence can be iterated over: the first that fits counts.
     @overload
     def __call__(self, images: AnyImage, batch_size: int = 1) -> Segmentation: ...  # type: ignore[overload-overlap]
@@ -115,7 +146,7 @@ class Segmenter:
         Args:
             images: an image, a list or tuple of images, or an iterator of images. An image is a file that Pillow
                 reads, turned upright by its EXIF orientation; a URL; or a PIL image, an array or a tensor, taken as it
-                is: see [`san_hf.images.load_image`].
+                is: see [`san_hf.images.load_image`]. Or what [`Segmenter.load`] made of one.
             batch_size: images of a list or iterator that are read at a time; those of one shape go through the model
                 together.
 
@@ -139,21 +170,22 @@ class Segmenter:
             yield from self._segment(batch)
 
     def _segment(self, batch: Sequence[AnyImage]) -> list[Segmentation]:
-        images = [load_image(image) for image in batch]
+        loaded = [self.load(image) for image in batch]
         count = len(self.vocabulary.class_names)
         # The smallest that holds all labels: torch has next to no operators for unsigned 16-bit integers.
         dtype = torch.uint8 if count <= 2**8 else torch.int16 if count <= 2**15 else torch.int32
+        encoded = self.predictor.encode([image.prepared for image in loaded])
         labelled = self.predictor.classify_pixels(
-            self.predictor.encode(images), self.vocabulary, return_confidence=self.confidence, dtype=dtype
+            encoded, self.vocabulary, return_confidence=self.confidence, dtype=dtype
         )
         return [
             Segmentation(
-                image,
+                image.image,
                 pixels.labels.cpu().numpy().astype(np.uint8 if count <= 2**8 else np.uint16, copy=False),
                 self.class_names,
                 self.vocabulary.has_other,
                 {**self.vocabulary.colors, **self.colors},
                 None if pixels.confidence is None else pixels.confidence.cpu().numpy(),
             )
-            for image, pixels in zip(images, labelled)
+            for image, pixels in zip(loaded, labelled)
         ]

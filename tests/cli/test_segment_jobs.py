@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from san_hf.cli import app
 from san_hf.inference import Segmentation, Segmenter
+from san_hf.inference.segmenter import LoadedImage
 from tests.forks import Run
 
 
@@ -27,13 +29,14 @@ def job(model_folder, tmp_path, monkeypatch):
         pixels = np.random.default_rng(number).integers(0, 256, (32, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(f"in/{number}.png")
     calls: list[str] = []
-    segment = Segmenter.__call__
+    load = Segmenter.load
 
     def count(self, image):
-        calls.append(Path(image).name)
-        return segment(self, image)
+        if not isinstance(image, LoadedImage):
+            calls.append(Path(image).name)
+        return load(self, image)
 
-    monkeypatch.setattr(Segmenter, "__call__", count)
+    monkeypatch.setattr(Segmenter, "load", count)
 
     def run(*arguments, status=0, classes="cat, grass, sky"):
         calls.clear()
@@ -215,3 +218,75 @@ def test_a_single_process_for_several(job, monkeypatch):
         monkeypatch.setenv(variable, value)
     output, done = job(status=2)
     assert "torchrun --nproc_per_node 2 -m san_hf segment" in output and done == []
+
+
+def test_reading_and_writing_beside_the_model(job, monkeypatch):
+    """
+    While the model is at work on an image, the next is read and the one before is written. Catches images that are all
+    read at once, which would fill the memory, one that is read twice, and results in another order.
+    """
+    counts, most, order = {"read": 0, "segmented": 0, "saved": 0}, {"read": 0, "segmented": 0}, []
+    threads = {}
+    load, call, save = Segmenter.load, Segmenter.__call__, Segmentation.save
+
+    def note(what, earlier):
+        counts[what] += 1
+        threads.setdefault(what, threading.get_ident())
+        most[earlier] = max(most[earlier], counts[earlier] - counts[what])
+
+    def loads(self, image):
+        if not isinstance(image, LoadedImage):
+            threads.setdefault("read", threading.get_ident())
+            counts["read"] += 1
+        return load(self, image)
+
+    def segments(self, image):
+        note("segmented", "read")
+        return call(self, image)
+
+    def saves(self, stem, *arguments, **facts):
+        order.append(Path(stem).name)
+        files = save(self, stem, *arguments, **facts)
+        note("saved", "segmented")
+        return files
+
+    monkeypatch.setattr(Segmenter, "load", loads)
+    monkeypatch.setattr(Segmenter, "__call__", segments)
+    monkeypatch.setattr(Segmentation, "save", saves)
+    output, _ = job()
+    assert counts == {"read": COUNT, "segmented": COUNT, "saved": COUNT}
+    assert most["read"] <= 2 and most["segmented"] <= 2
+    assert order == [str(number) for number in range(COUNT)]
+    assert len(set(threads.values())) == 3
+    positions = [output.index(f"in/{number}.png ->") for number in range(COUNT)]
+    assert positions == sorted(positions)
+
+
+def test_results_are_those_of_one_image_at_a_time(job, model_folder):
+    """Catches results that depend on what else is read or written meanwhile."""
+    job("-f", "overlay")
+    segmenter = Segmenter.from_pretrained(model_folder, ["cat", "grass", "sky"])
+    for number in range(COUNT):
+        segmenter(f"in/{number}.png").save(f"alone/{number}", ["png-labels", "overlay"])
+        for ending in (".labels.png", ".overlay.png"):
+            assert Path(f"outputs/{number}{ending}").read_bytes() == Path(f"alone/{number}{ending}").read_bytes()
+
+
+def test_one_image_that_fails_stops_no_other(job, monkeypatch):
+    """Catches an error of a thread that ends the job, is lost, or is told of another image."""
+    Path("in/1.png").write_bytes(b"no image")
+    save = Segmentation.save
+
+    def fails(self, stem, *arguments, **facts):
+        if Path(stem).name == "3":
+            raise OSError("the disk is full")
+        return save(self, stem, *arguments, **facts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Segmentation, "save", fails)
+        output, read = job(status=1)
+    assert read == [f"{number}.png" for number in range(COUNT)]
+    assert "in/1.png: not an image" in output and "in/3.png: the disk is full" in output
+    assert "2 of 6 images could not be segmented" in output
+    assert sorted(labels()) == [f"{number}.labels.png" for number in (0, 2, 4, 5)]
+    assert job("--resume", status=1)[1] == ["1.png", "3.png"]
