@@ -23,7 +23,7 @@ from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings, eager_attention_forward
 
-from .positions_san import resize_positions
+from .positions_san import PositionResizer
 
 
 # A name for each copy of this code: checkpoints may bring their own.
@@ -103,7 +103,8 @@ def prepare_clip(vision_model: CLIPVisionModel, recognition_layer: int) -> None:
     remembers the model's own (`image_config`), so that `set_attn_implementation` still decides how the image tokens
     attend, at any time.
     """
-    vision_model.embeddings.__class__ = ResizingEmbeddings
+    embeddings: Any = vision_model.embeddings
+    embeddings.__class__, embeddings.resize = ResizingEmbeddings, PositionResizer()
     deep_config: Any = copy.copy(vision_model.config)
     deep_config._attn_implementation = RECOGNITION_ATTENTION
     deep_config.image_config = vision_model.config
@@ -114,11 +115,13 @@ def prepare_clip(vision_model: CLIPVisionModel, recognition_layer: int) -> None:
 class ResizingEmbeddings(CLIPVisionEmbeddings):
     """CLIP's embedding of patches and positions, whose size no branch depends on: it exports for all sizes."""
 
+    resize: PositionResizer
+
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Position embeddings of the class token and of the patches of an image: (1, 1 + Hc * Wc, W)."""
         positions = self.position_embedding.weight[None]
         patch_size = cast(int, self.patch_size)
-        patches = resize_positions(positions[:, 1:], (height // patch_size, width // patch_size))
+        patches = self.resize(positions[:, 1:], (height // patch_size, width // patch_size))
         return torch.cat([positions[:, :1], patches], dim=1)
 
 

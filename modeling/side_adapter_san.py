@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from .configuration_san import SANConfig
-from .positions_san import resize_positions
+from .positions_san import PositionResizer
 
 
 Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
@@ -141,6 +141,7 @@ class SideAdapter(nn.Module):
         self.position_embeddings = nn.Parameter(
             torch.empty(1, (config.image_size // config.patch_size) ** 2, config.hidden_size)
         )
+        self.resize = PositionResizer()
         depth = config.num_hidden_layers
         self.layers = nn.ModuleList(
             SideAdapterLayer(config, config.drop_path_rate * i / max(depth - 1, 1)) for i in range(depth)
@@ -150,7 +151,7 @@ class SideAdapter(nn.Module):
 
     def embed_positions(self, grid: tuple[int, int]) -> torch.Tensor:
         """Position embeddings of the queries and of the patches on `grid`: (1, Q + Hs * Ws, Ca)."""
-        return torch.cat([self.query_position_embeddings, resize_positions(self.position_embeddings, grid)], dim=1)
+        return torch.cat([self.query_position_embeddings, self.resize(self.position_embeddings, grid)], dim=1)
 
     def fuse(
         self, layer: int, hidden_states: torch.Tensor, clip_feature_maps: list[torch.Tensor], grid: tuple[int, int]
