@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, CLIPVisionConfig, CLIPVisionModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import CLIPVisionEmbeddings, eager_attention_forward
+from transformers.models.clip import modeling_clip
+from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from .positions_san import PositionResizer
 
@@ -97,14 +98,15 @@ AttentionInterface.register(RECOGNITION_ATTENTION, recognition_attention_forward
 def prepare_clip(vision_model: CLIPVisionModel, recognition_layer: int) -> None:
     """
     Makes the deep layers of a stock `CLIPVisionModel` use [`recognition_attention_forward`], and its embeddings
-    [`ResizingEmbeddings`], in place.
+    [`CLIPVisionEmbeddings`], in place.
 
     Transformers picks a layer's attention function by its configuration. The deep layers get a copy that names ours and
     remembers the model's own (`image_config`), so that `set_attn_implementation` still decides how the image tokens
     attend, at any time.
     """
     embeddings: Any = vision_model.embeddings
-    embeddings.__class__, embeddings.resize = ResizingEmbeddings, PositionResizer()
+    if not isinstance(embeddings, CLIPVisionEmbeddings):
+        embeddings.__class__, embeddings.resize = CLIPVisionEmbeddings, PositionResizer()
     deep_config: Any = copy.copy(vision_model.config)
     deep_config._attn_implementation = RECOGNITION_ATTENTION
     deep_config.image_config = vision_model.config
@@ -112,8 +114,12 @@ def prepare_clip(vision_model: CLIPVisionModel, recognition_layer: int) -> None:
         layer.get_submodule("self_attn").config = deep_config
 
 
-class ResizingEmbeddings(CLIPVisionEmbeddings):
-    """CLIP's embedding of patches and positions, whose size no branch depends on: it exports for all sizes."""
+class CLIPVisionEmbeddings(modeling_clip.CLIPVisionEmbeddings):
+    """
+    CLIP's embedding of patches and positions, whose size no branch depends on: it exports for all sizes.
+
+    It has the stock class's name, by which device maps and FSDP find it.
+    """
 
     resize: PositionResizer
 

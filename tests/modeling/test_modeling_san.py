@@ -223,9 +223,10 @@ def test_base_model_loads_in_silence(model, tmp_path):
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @torch.no_grad()
 def test_towers_are_still_stock_clip(config, attn_implementation):
-    """The hook in the deep layers that changes CLIP itself."""
+    """The hook in the deep layers that changes CLIP itself; parts that device maps and FSDP don't find."""
     config._attn_implementation = attn_implementation
     model = randomized(config)
+    assert set(model._no_split_modules) <= {type(module).__name__ for module in model.modules()}
     vision = CLIPVisionModel._from_config(config.clip_config.vision_config).eval()
     vision.load_state_dict(model.model.vision_model.state_dict())
     pixel_values = torch.randn(2, 3, 32, 32)
