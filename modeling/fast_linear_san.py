@@ -53,6 +53,7 @@ def is_exact() -> bool:
     return torch.backends.mkldnn.is_available() and measure_error() <= MAX_ERROR
 
 
+@torch.autocast("cpu", enabled=False)
 @torch.inference_mode()
 def measure_error() -> float:
     """The largest error of oneDNN's products when it may use less than float32, each in terms of its largest value."""
@@ -71,7 +72,7 @@ def measure_error() -> float:
 def _products(generator: torch.Generator, dtype: torch.dtype) -> list[torch.Tensor]:
     """A product of each kind: linear layer, batch of matrices, and transposed matrices as in a backward pass."""
     shapes = ((2, 160, 512), (2, 512, 160), (768, 512), (768,))
-    inputs, others, weight, bias = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    inputs, others, weight, bias = (torch.randn(shape, generator=generator, device="cpu").to(dtype) for shape in shapes)
     return [F.linear(inputs, weight, bias), inputs @ others, inputs[0].T @ inputs[1]]
 
 

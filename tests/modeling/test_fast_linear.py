@@ -100,6 +100,13 @@ def test_measurement_sees_bfloat16(monkeypatch):
     assert not is_exact()
 
 
+def test_measurement_does_not_depend_on_its_caller():
+    """Autocast, or another default device, around the first block of a process: refused for good, or an error."""
+    expected = fast_linear_san.measure_error()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        assert fast_linear_san.measure_error() == expected
+
+
 @torch.no_grad()
 def test_results_are_float32_s():
     """Whatever the processor: within the block a product is as exact as outside."""
