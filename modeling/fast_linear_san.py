@@ -47,6 +47,22 @@ def fast_linear(device: torch.device | str) -> Iterator[None]:
             _set_precision(_settings.pop())
 
 
+@contextmanager
+def small_products() -> Iterator[None]:
+    """
+    Within a block of [`fast_linear`], PyTorch's own choice again: for attention among few tokens, whose products are so
+    small that oneDNN takes three times as long, most of it to start.
+    """
+    with _lock:
+        setting = _set_precision(_settings[0]) if _settings else None
+    try:
+        yield
+    finally:
+        with _lock:
+            if setting is not None and _settings:  # else all have left their blocks, in other threads
+                _set_precision(setting)
+
+
 @cache
 def is_exact() -> bool:
     """Whether oneDNN, allowed to use less, computes float32 products in float32 on this processor."""

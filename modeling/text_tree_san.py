@@ -21,12 +21,18 @@ from transformers import AttentionInterface, CLIPTextModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
+from .fast_linear_san import small_products
 
-TREE_ATTENTION = "san_text_tree"
+
+# A name for each copy of this code: checkpoints may bring their own.
+TREE_ATTENTION = f"san_text_tree of {__name__}"
 # Nodes that attend together, at most.
 BLOCK_SIZE = 32
-# What goes through the text tower at once, nodes or, without a tree, prompts: bounds memory for large vocabularies.
-TREE_SIZE = 2048
+# Nodes that go through the text tower at once, at most: bounds memory for large vocabularies. On a CPU also so few that
+# no activation is of the sizes for which malloc asks the system for new pages each time, which costs a fifth of it all.
+TREE_SIZE = 4096
+ACTIVATION_BYTES = 3_500_000
+# Prompts, where they share nothing.
 PLAIN_BATCH_SIZE = 256
 
 
@@ -137,9 +143,10 @@ def tree_attention_forward(
     # Of the fused kernels only sdpa takes an arbitrary mask.
     attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
     mask = tree.mask.to(query.dtype)
-    return attention(
-        module, query, keys.transpose(1, 2), values.transpose(1, 2), mask, scaling=scaling, dropout=dropout
-    )
+    with small_products():
+        return attention(
+            module, query, keys.transpose(1, 2), values.transpose(1, 2), mask, scaling=scaling, dropout=dropout
+        )
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention_forward)
@@ -178,7 +185,11 @@ def encode_prompts(text_model: CLIPTextModel, input_ids: torch.Tensor) -> torch.
     prompts = np.where(np.arange(ends.max() + 1) <= ends[:, None], prompts[:, : ends.max() + 1], -1)
     order = np.lexsort(prompts.T[::-1])
     pooled = []
-    for tree in grow_trees(prompts[order], TREE_SIZE):
+    tree_size = TREE_SIZE
+    if input_ids.device.type == "cpu":
+        bytes_of_node = text_model.config.intermediate_size * text_model.dtype.itemsize
+        tree_size = min(tree_size, max(BLOCK_SIZE, ACTIVATION_BYTES // bytes_of_node))
+    for tree in grow_trees(prompts[order], tree_size):
         tree = TextTree(*(tensor.to(input_ids.device, non_blocking=True) for tensor in tree))
         outputs = text_model(input_ids=tree.input_ids, position_ids=tree.position_ids, tree=tree)
         pooled.append(outputs.last_hidden_state.flatten(0, 1).index_select(0, tree.ends))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from san_hf.modeling import fast_linear_san
-from san_hf.modeling.fast_linear_san import MAX_ERROR, fast_linear, is_exact
+from san_hf.modeling.fast_linear_san import MAX_ERROR, fast_linear, is_exact, small_products
 
 
 def setting() -> str:
@@ -62,6 +62,24 @@ def test_overlapping_blocks_of_two_threads(exact):
     assert setting() == "bf16"
     leave.set()
     thread.join()
+    assert setting() == before
+
+
+def test_small_products_within(exact):
+    """Attention of few tokens by the library that is slow at it; or the setting left behind when a block of another
+    thread ends meanwhile."""
+    before = setting()
+    with small_products():
+        assert setting() == before
+    with fast_linear("cpu"):
+        with small_products():
+            assert setting() == before
+        assert setting() == "bf16"
+    block, small = fast_linear("cpu"), small_products()
+    block.__enter__()
+    small.__enter__()
+    block.__exit__(None, None, None)
+    small.__exit__(None, None, None)
     assert setting() == before
 
 
