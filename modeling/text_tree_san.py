@@ -4,14 +4,16 @@ The tower is causal, so a token's state depends on the tokens before it only. Pr
 "a photo of a cat" and "a photo of a car" share four nodes, and nothing after an end-of-text token is needed: 171 class
 names in 14 templates, at CLIP's context 184,338 tokens, are a tree of 10,144.
 
-The nodes go through the stock `CLIPTextModel` as if they were short prompts, their depths as positions, and the
-attention function registered below lets each see its ancestors. In depth-first order the ancestors of the nodes of a
-block are in the block, or ancestors of its first node: few keys serve a whole block.
+The nodes go through the stock layers of `CLIPTextModel` as if they were short prompts, their depths as positions, and
+the attention function registered below lets each see its ancestors. In depth-first order the ancestors of the nodes of
+a block are in the block, or ancestors of its first node: few keys serve a whole block. Of the last layer only the ends
+of the prompts are read: it gets them alone, and the attention function adds the keys and values of all nodes.
 Shapes: P prompts of L tokens; b blocks of n nodes; a, the most ancestors of a block's first node; h CLIP's heads.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -45,6 +47,8 @@ class TextTree(NamedTuple):
         keys: (b, a + n) int64, nodes that a block attends to: the ancestors of its first node, then its own nodes.
         mask: (b, 1, n, a + n) float32: 0 where a node attends, to its ancestors and itself, -inf elsewhere.
         ends: (P,) int64, the last node of each prompt.
+        paths: (P, L) int64, the nodes of each prompt.
+        path_mask: (P, 1, 1, L) float32: 0 for these nodes, -inf behind the last.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +56,8 @@ class TextTree(NamedTuple):
     keys: torch.Tensor
     mask: torch.Tensor
     ends: torch.Tensor
+    paths: torch.Tensor
+    path_mask: torch.Tensor
 
 
 def grow_trees(prompts: np.ndarray, tree_size: int) -> Iterator[TextTree]:
@@ -103,6 +109,8 @@ def _grow_tree(prompts: np.ndarray, is_node: np.ndarray) -> TextTree:
         keys=torch.from_numpy(keys),
         mask=torch.from_numpy(np.where(attends, np.float32(0), np.float32(-np.inf))[:, None]),
         ends=torch.from_numpy(paths[np.arange(len(prompts)), (prompts >= 0).sum(axis=1) - 1]),
+        paths=torch.from_numpy(paths),
+        path_mask=torch.from_numpy(np.where(prompts >= 0, np.float32(0), np.float32(-np.inf))[:, None, None]),
     )
 
 
@@ -114,39 +122,43 @@ def tree_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    tree: TextTree | None = None,
+    keys: torch.Tensor | None = None,
+    nodes: Callable[[], torch.Tensor] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """
-    Attention of a text layer over the blocks of a tree; without a tree, CLIP's own.
+    Attention of a text layer over the blocks of a tree, of the last one over single nodes; without keys, CLIP's own.
 
     Args:
         module: the layer's `CLIPAttention`.
         query, key, value: (b, h, n, head_dim).
-        attention_mask: used without a tree.
+        attention_mask: additive, (b, 1, n, m).
         scaling: factor of the dot products.
         dropout: dropout rate of the attention weights.
-        tree: whose nodes these are.
+        keys: (b, m) nodes that a block attends to.
+        nodes: where query, key and value are not of all nodes: gives the layer's normalised states of all.
 
     Returns:
         (b, n, h, head_dim), and the weights if the implementation returns them.
     """
     text_config = cast(Any, module.config).text_config  # made by `hook_text_tree`
     implementation = text_config._attn_implementation
-    if tree is None:
+    if keys is None:
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attention(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    keys, values = (
-        states.transpose(1, 2).flatten(0, 1).index_select(0, tree.keys.flatten()).unflatten(0, tree.keys.shape)
-        for states in (key, value)
-    )  # (b, a + n, h, head_dim)
+    if nodes is None:
+        states = [part.transpose(1, 2).flatten(0, 1) for part in (key, value)]
+    else:
+        normed = nodes().flatten(0, 1)
+        projections = (module.get_submodule(name)(normed) for name in ("k_proj", "v_proj"))
+        states = [part.unflatten(1, (-1, query.shape[-1])) for part in projections]
+    # (nodes, h, head_dim) -> (b, h, m, head_dim)
+    key, value = (part.index_select(0, keys.flatten()).unflatten(0, keys.shape).transpose(1, 2) for part in states)
     # Of the fused kernels only sdpa takes an arbitrary mask.
     attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
-    mask = tree.mask.to(query.dtype)
+    mask = cast(torch.Tensor, attention_mask).to(query.dtype)
     with small_products():
-        return attention(
-            module, query, keys.transpose(1, 2), values.transpose(1, 2), mask, scaling=scaling, dropout=dropout
-        )
+        return attention(module, query, key, value, mask, scaling=scaling, dropout=dropout)
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention_forward)
@@ -191,9 +203,24 @@ def encode_prompts(text_model: CLIPTextModel, input_ids: torch.Tensor) -> torch.
         tree_size = min(tree_size, max(BLOCK_SIZE, ACTIVATION_BYTES // bytes_of_node))
     for tree in grow_trees(prompts[order], tree_size):
         tree = TextTree(*(tensor.to(input_ids.device, non_blocking=True) for tensor in tree))
-        outputs = text_model(input_ids=tree.input_ids, position_ids=tree.position_ids, tree=tree)
-        pooled.append(outputs.last_hidden_state.flatten(0, 1).index_select(0, tree.ends))
+        pooled.append(_encode_tree(text_model, tree))
     return torch.cat(pooled).index_select(0, torch.from_numpy(np.argsort(order)).to(input_ids.device))
+
+
+def _encode_tree(text_model: CLIPTextModel, tree: TextTree) -> torch.Tensor:
+    """The text tower's pooled output (P, W)."""
+    hidden_states = text_model.embeddings(input_ids=tree.input_ids, position_ids=tree.position_ids)
+    *layers, last = text_model.encoder.layers
+    for layer in layers:
+        hidden_states = layer(hidden_states, tree.mask, keys=tree.keys)
+    if hidden_states.requires_grad:  # reentrant gradient checkpointing would drop the gradients of `nodes`
+        ends = last(hidden_states, tree.mask, keys=tree.keys).flatten(0, 1).index_select(0, tree.ends)
+    else:
+        # Blocks of one node.
+        ends = hidden_states.flatten(0, 1).index_select(0, tree.ends)[:, None]
+        nodes = partial(last.get_submodule("layer_norm1"), hidden_states)
+        ends = last(ends, tree.path_mask, keys=tree.paths, nodes=nodes)[:, 0]
+    return text_model.final_layer_norm(ends)
 
 
 def _drops_out(text_model: CLIPTextModel) -> bool:

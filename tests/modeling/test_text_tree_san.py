@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPTextEmbeddings
 
 import san_hf.modeling.text_tree_san as text_tree_san
 from san_hf import SANImageProcessor, SANProcessor
@@ -58,13 +59,13 @@ def random_prompts(seed: int) -> torch.Tensor:
 @pytest.fixture
 def tokens(monkeypatch):
     """The shapes of what goes through text towers."""
-    shapes, forward = [], CLIPTextModel.forward
+    shapes, forward = [], CLIPTextEmbeddings.forward
 
     def count(self, input_ids, *args, **kwargs):
         shapes.append(tuple(input_ids.shape))
         return forward(self, input_ids, *args, **kwargs)
 
-    monkeypatch.setattr(CLIPTextModel, "forward", count)
+    monkeypatch.setattr(CLIPTextEmbeddings, "forward", count)
     return shapes
 
 
