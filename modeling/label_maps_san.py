@@ -7,7 +7,7 @@ Shapes: Q queries, C classes, h x w the masks' grid, H x W the label map. Sizes 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,12 +35,15 @@ class MaskPrediction:
         probabilities: (C, Q) float32, of each class for each query; the no-object class is dropped.
         height_weights: (H, h) float32, what each row of the label map takes from each row of the masks.
         width_weights: (W, w) float32, the same for columns.
+        shares: of the view in the sum of all, where it isn't that of each: for rows (H,) and columns (W,), 0..1. At
+            each pixel the products of the two add up to 1 over the views.
     """
 
     mask_logits: torch.Tensor
     probabilities: torch.Tensor
     height_weights: torch.Tensor
     width_weights: torch.Tensor
+    shares: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def from_logits(
@@ -75,6 +78,14 @@ class MaskPrediction:
         if mask_logits.device.type == "cpu":
             prediction.check()
         return prediction
+
+    def part(
+        self, rows: slice, columns: slice, shares: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> "MaskPrediction":
+        """The same for a rectangle of the label map, as a share of what several predict for it."""
+        return replace(
+            self, height_weights=self.height_weights[rows], width_weights=self.width_weights[columns], shares=shares
+        )
 
     def check(self) -> None:
         """
@@ -155,7 +166,8 @@ def label_pixels(
     The label map of one image from the predictions of one view of it or more.
 
     A class's score at a pixel is the sum over queries of the class's probability times the mask's, averaged over the
-    views: a sum over the queries of all views. The label is the class of the highest score, the first of equal ones.
+    views (all alike, or each by its shares): a sum over the queries of all views. The label is the class of the highest
+    score, the first of equal ones.
 
     Args:
         views: of the same image; for the same classes and label map.
@@ -181,12 +193,14 @@ def label_pixels(
 
     if dense is None:
         dense = probabilities.device.type != "cpu"
-    dense |= return_scores
+    shared = any(view.shares is not None for view in views)
+    dense |= return_scores or shared
+    total = 1 if shared else len(views)
     for area in _strips(views, probabilities, confident, scores) if dense else _tiles(views, probabilities, confident):
         best = area.best
         if area.best_scores is not None and area.all_scores is not None:
             # Beyond 1 by rounding only.
-            area_confidence = (area.best_scores / area.all_scores.clamp_(min=len(views))).clamp_(max=1)
+            area_confidence = (area.best_scores / area.all_scores.clamp_(min=total)).clamp_(max=1)
             if confidence is not None:
                 confidence[area.place] = area_confidence
             if threshold is not None:
@@ -194,7 +208,7 @@ def label_pixels(
         if num_labels is not None:
             best = best.clamp(max=num_labels) if isinstance(best, torch.Tensor) else min(best, num_labels)
         labels[area.place] = best
-    return LabelledPixels(labels, confidence, None if scores is None else scores.div_(len(views)))
+    return LabelledPixels(labels, confidence, None if scores is None else scores.div_(total))
 
 
 def _strips(
@@ -223,8 +237,11 @@ def _strips(
         strips = []  # of each view (rows, Q, W)
         for view, view_cells, weights in zip(views, cells, width_weights):
             strip = view.height_weights[rows] @ view_cells
-            strips.append((strip.view(-1, len(weights)) @ weights).view(count, -1, width))
-        masks = (torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]).sigmoid_()
+            masks = (strip.view(-1, len(weights)) @ weights).view(count, -1, width).sigmoid_()
+            if view.shares is not None:
+                masks *= view.shares[0][rows, None, None] * view.shares[1]
+            strips.append(masks)
+        masks = torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
         strip_scores = torch.bmm(probabilities.expand(count, -1, -1), masks)  # (rows, C, W)
         torch.max(strip_scores, 1, out=(best_scores[rows], best[rows]))
         if all_scores is not None:

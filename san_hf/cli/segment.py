@@ -35,8 +35,10 @@ from san_hf.cli.segment_options import (
     ClassesFileOption,
     ClassesOption,
     OtherOption,
+    OverlapOption,
     SaveVocabularyOption,
     ShardOption,
+    TileOption,
 )
 from san_hf.cli.vocabulary_options import (
     class_facts,
@@ -108,6 +110,8 @@ def segment(
         ),
     ] = False,
     shard: ShardOption = None,
+    tile: TileOption = None,
+    overlap: OverlapOption = None,
     templates: TemplatesOption = None,
     save_vocabulary: SaveVocabularyOption = None,
     device: DeviceOption = "auto",
@@ -144,6 +148,8 @@ def segment(
         "other": other,
         "synonyms": synonyms,
         "average_synonyms": average_synonyms,
+        "tile": tile,
+        "overlap": overlap,
     }
     settings = {"the model": model_facts(expand_path(model)), "the class names": class_facts(class_names), **options}
     settings |= {"the formats": sorted(wanted), "the dtype": dtype.value, "the colours": given_colors}

@@ -40,6 +40,23 @@ ShardOption = Annotated[
         help="Only the I-th of N parts of the images, for several machines with the same arguments: 1/4 to 4/4.",
     ),
 ]
+TileOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="SIZE",
+        show_default=False,
+        help="Segment larger images in windows of SIZE x SIZE pixels, each as large in the model as a whole image "
+        "would be: for satellite and microscope images, whose objects are small.",
+    ),
+]
+OverlapOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="PIXELS",
+        show_default=False,
+        help="What windows of --tile have in common, where their scores are blended; an eighth of SIZE by default.",
+    ),
+]
 SaveVocabularyOption = Annotated[
     Path | None,
     typer.Option(

@@ -8,6 +8,7 @@ Shapes: Q queries, D CLIP's joint embedding width, C classes.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 
 from san_hf.inference.vocabulary import LABEL_OPTIONS, Autocast, ClassNames, Vocabulary
+from san_hf.inference.windows import Side, Windows, blend_part, cells_of
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling.fast_linear_san import fast_linear
 from san_hf.modeling.label_maps_san import LabelledPixels, MaskPrediction, label_pixels
@@ -215,20 +217,7 @@ class Predictor:
         classifier = self.model.build_classifier(class_embeds=vocabulary.class_embeds)
         labelled, unchecked = [], []
         for image in encoded:
-            predictions = []
-            for view in image.views:
-                with self.autocast():
-                    logits = self.model.class_logits(view.mask_embeds, classifier)
-                predictions.append(
-                    MaskPrediction.from_logits(
-                        view.mask_logits,
-                        vocabulary.merge_synonyms(logits),
-                        view.patch_size,
-                        view.image_size,
-                        image.target_size,
-                        view.mirrored,
-                    )
-                )
+            predictions = self._predict_masks(image, vocabulary, classifier)
             labelled.append(
                 label_pixels(
                     predictions,
@@ -243,6 +232,95 @@ class Predictor:
         for prediction in unchecked:
             prediction.check()
         return labelled
+
+    @torch.inference_mode()
+    def label_windows(
+        self,
+        image: Image.Image,
+        windows: Windows,
+        vocabulary: Vocabulary | None = None,
+        return_confidence: bool = False,
+        dtype: torch.dtype = torch.int64,
+        batch_size: int = 1,
+    ) -> LabelledPixels:
+        """
+        A large image in windows that go through the model one by one, each at the processor's size. Where they overlap,
+        their scores are blended before a class is chosen, so that no seam shows. At any time what is encoded of two
+        rows of windows is held.
+
+        Args:
+            image: upright, 8-bit RGB.
+            windows: their size and overlap, in pixels of the image.
+            vocabulary, return_confidence, dtype: see [`Predictor.classify_pixels`].
+            batch_size: windows that go through the model together.
+
+        Returns:
+            As [`Predictor.classify_pixels`] of one image, on the CPU.
+
+        Raises:
+            ValueError: test-time augmentation, or as [`Predictor.classify`].
+        """
+        if self.augment:
+            raise ValueError("Windows and test-time augmentation don't go together: expected augment=False.")
+        vocabulary = self.vocabulary() if vocabulary is None else vocabulary
+        classifier = self.model.build_classifier(class_embeds=vocabulary.class_embeds)
+        rows, columns = windows.along(image.height), windows.along(image.width)
+        labels = torch.empty(image.height, image.width, dtype=dtype)
+        confidence = torch.empty(image.height, image.width) if return_confidence else None
+
+        def predict_row(row: Side) -> list[MaskPrediction]:
+            boxes = [(side.place.start, row.place.start, side.place.stop, row.place.stop) for side in columns]
+            crops = [image.crop(box) for box in boxes]
+            batches = [crops[first : first + batch_size] for first in range(0, len(crops), batch_size)]
+            encoded = [window for batch in batches for window in self.encode(batch)]
+            return [
+                prediction for window in encoded for prediction in self._predict_masks(window, vocabulary, classifier)
+            ]
+
+        held: dict[int, list[MaskPrediction]] = {}
+        for row_cell in cells_of(rows):
+            held = {number: held.get(number) or predict_row(rows[number]) for number in row_cell.windows}
+            for column_cell in cells_of(columns):
+                views = [
+                    blend_part(predictions[number], rows[row_number], row_cell, columns[number], column_cell)
+                    for row_number, predictions in held.items()
+                    for number in column_cell.windows
+                ]
+                pixels = label_pixels(
+                    views,
+                    vocabulary.num_labels,
+                    vocabulary.threshold,
+                    return_confidence=return_confidence,
+                    dtype=dtype,
+                )
+                place = row_cell.place, column_cell.place
+                labels[place] = pixels.labels.cpu()
+                if confidence is not None and pixels.confidence is not None:
+                    confidence[place] = pixels.confidence.cpu()
+            if self.model.device.type != "cpu":
+                for prediction in chain.from_iterable(held.values()):
+                    prediction.check()
+        return LabelledPixels(labels, confidence)
+
+    def _predict_masks(
+        self, image: EncodedImage, vocabulary: Vocabulary, classifier: torch.Tensor
+    ) -> list[MaskPrediction]:
+        """Of each view of an image."""
+        predictions = []
+        for view in image.views:
+            with self.autocast():
+                logits = self.model.class_logits(view.mask_embeds, classifier)
+            predictions.append(
+                MaskPrediction.from_logits(
+                    view.mask_logits,
+                    vocabulary.merge_synonyms(logits),
+                    view.patch_size,
+                    view.image_size,
+                    image.target_size,
+                    view.mirrored,
+                )
+            )
+        return predictions
 
     def __call__(
         self, images: Sequence[Image.Image | PreparedImage], vocabulary: Vocabulary | None = None

@@ -17,6 +17,7 @@ from san_hf.images import load_image
 from san_hf.inference.predictor import Predictor, PreparedImage
 from san_hf.inference.segmentation import Segmentation
 from san_hf.inference.vocabulary import ClassNames
+from san_hf.inference.windows import windows_of
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 
 
@@ -27,11 +28,11 @@ class LoadedImage:
 
     Attributes:
         image: upright, 8-bit RGB.
-        prepared: the model's inputs.
+        prepared: the model's inputs; `None` where an image goes through it in windows.
     """
 
     image: Image.Image
-    prepared: PreparedImage
+    prepared: PreparedImage | None
 
 
 AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | LoadedImage
@@ -55,6 +56,11 @@ class Segmenter:
             in it are ignored, so that one mapping serves many vocabularies. They come before the vocabulary's own. See
             [`san_hf.colors.name_colors`].
         confidence: whether segmentations are to have the `confidence` of each pixel.
+        tile: side of the windows, in pixels, that larger images are segmented in, each at the processor's size: for
+            satellite and microscope images, whose objects would vanish in the whole image made small. By default every
+            image is one.
+        overlap: pixels that neighbouring windows share at least, where their scores are blended; an eighth of `tile` by
+            default.
         **options: `synonyms`, `average_synonyms`, `expand`, `templates`, `threshold`, `other`: see
             [`Vocabulary.encode`].
 
@@ -63,10 +69,11 @@ class Segmenter:
         vocabulary: the [`Vocabulary`]; another one may be set at any time.
         colors: the given colours, by name.
         confidence: as given.
+        windows: those of `tile` and `overlap`, if any.
 
     Raises:
-        ValueError: names that are no vocabulary (none, blank, repeated), no names and a model without a vocabulary, or
-            a colour that is none.
+        ValueError: names that are no vocabulary (none, blank, repeated), no names and a model without a vocabulary, a
+            colour that is none, or windows that can't be.
     """
 
     def __init__(
@@ -78,8 +85,13 @@ class Segmenter:
         augment: bool = False,
         colors: Mapping[str, Color] | None = None,
         confidence: bool = False,
+        tile: int | None = None,
+        overlap: int | None = None,
         **options: Any,
     ):
+        self.windows = windows_of(tile, overlap)
+        if self.windows is not None and augment:
+            raise ValueError("tile and augment don't go together: leave one out.")
         self.colors = {name: parse_color(color, name) for name, color in (colors or {}).items()}
         self.confidence = confidence
         self.predictor = Predictor(model, processor, augment=augment)
@@ -125,7 +137,7 @@ class Segmenter:
         if isinstance(image, LoadedImage):
             return image
         image = load_image(image)
-        return LoadedImage(image, self.predictor.prepare(image))
+        return LoadedImage(image, None if self.windows is not None else self.predictor.prepare(image))
 
     # A string is a sequence of strings, too, and a sequence can be iterated over: the first that fits counts.
     @overload
@@ -174,10 +186,16 @@ class Segmenter:
         count = len(self.vocabulary.class_names)
         # The smallest that holds all labels: torch has next to no operators for unsigned 16-bit integers.
         dtype = torch.uint8 if count <= 2**8 else torch.int16 if count <= 2**15 else torch.int32
-        encoded = self.predictor.encode([image.prepared for image in loaded])
-        labelled = self.predictor.classify_pixels(
-            encoded, self.vocabulary, return_confidence=self.confidence, dtype=dtype
-        )
+        if self.windows is None:
+            encoded = self.predictor.encode([image.prepared or image.image for image in loaded])
+            labelled = self.predictor.classify_pixels(
+                encoded, self.vocabulary, return_confidence=self.confidence, dtype=dtype
+            )
+        else:
+            labelled = [
+                self.predictor.label_windows(image.image, self.windows, self.vocabulary, self.confidence, dtype)
+                for image in loaded
+            ]
         return [
             Segmentation(
                 image.image,
