@@ -72,7 +72,15 @@ setup(
         "polygons": ["rasterio>=1.4", "shapely>=2.0"],
         "supervision": ["supervision>=0.25"],
         "tracking": ["tensorboard>=2.18", "wandb>=0.22"],
+        "onnx": ["onnx>=1.21", "onnxruntime>=1.23", "onnxscript>=0.7"],
+        # Exporting to OpenVINO takes transformers 5.20 or later.
+        "openvino": ["nncf>=3.0", "openvino>=2026.1"],
         "test": [
+            "nncf>=3.0",
+            "onnx>=1.21",
+            "onnxruntime>=1.23",
+            "onnxscript>=0.7",
+            "openvino>=2026.1",
             "parameterized>=0.9",
             "peft>=0.17",
             "pytest>=8",

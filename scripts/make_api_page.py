@@ -16,6 +16,7 @@ PACKAGES = (
     "san_hf",
     "san_hf.modeling",
     "san_hf.inference",
+    "san_hf.export",
     "san_hf.data",
     "san_hf.training",
     "san_hf.evaluation",
@@ -63,8 +64,8 @@ def render() -> str:
     parts = [
         "# Public names\n\nEvery name of a package's `__all__`, with the first lines of its docstring. Written by "
         "`python scripts/make_api_page.py`; a test compares it with the code. Pages: [data](data/README.md), "
-        "[training](training/README.md), [evaluation](evaluation/README.md), [names of the original]"
-        "(conversion/README.md), [the picture book](picture_book/README.md)."
+        "[training](training/README.md), [exporting](export/README.md), [evaluation](evaluation/README.md), "
+        "[names of the original](conversion/README.md), [the picture book](picture_book/README.md)."
     ]
     for package in PACKAGES:
         module = importlib.import_module(package)

@@ -1,4 +1,4 @@
-"""`san-hf convert`, both ways, and what became of `san-hf export`."""
+"""`san-hf convert`, both ways."""
 
 from pathlib import Path
 from typing import Annotated
@@ -91,15 +91,3 @@ def convert(
             base=None if base is None else expand_path(base),
         )
     show(f"Wrote {printable(written)}")
-
-
-def export(
-    arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
-) -> None:
-    """Says what replaces the command of this name."""
-    names = [printable(argument) for argument in arguments or [] if not argument.startswith("-")]
-    model, file = names if len(names) == 2 else ("MODEL", "FILE")
-    fail(
-        "`san-hf export` no longer writes the original's layout. The way back is now: "
-        f"san-hf convert {model} {file} --to-original"
-    )

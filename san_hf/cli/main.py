@@ -11,8 +11,9 @@ import typer
 
 from san_hf.cli.adapters import adapters
 from san_hf.cli.console import expected_errors, replace_unprintable, show, show_stack_traces
-from san_hf.cli.convert import convert, export
+from san_hf.cli.convert import convert
 from san_hf.cli.evaluate import evaluate
+from san_hf.cli.export import export
 from san_hf.cli.prepare import prepare
 from san_hf.cli.push import push
 from san_hf.cli.results import results
@@ -24,6 +25,7 @@ from san_hf.version import __version__
 COMMANDS: dict[str, Callable[..., None]] = {
     "segment": segment,
     "convert": convert,
+    "export": export,
     "prepare": prepare,
     "train": train,
     "evaluate": evaluate,
@@ -64,5 +66,3 @@ def main(
 
 for name, command in COMMANDS.items():
     app.command(name, no_args_is_help=True)(expected_errors(command))
-# Scripts of before know it for the way back to the original's layout.
-app.command("export", hidden=True, context_settings={"ignore_unknown_options": True})(export)

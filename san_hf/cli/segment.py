@@ -36,6 +36,7 @@ from san_hf.cli.segment_options import (
     ClassesOption,
     OtherOption,
     OverlapOption,
+    RuntimeOption,
     SaveVocabularyOption,
     ShardOption,
     TileOption,
@@ -115,6 +116,7 @@ def segment(
     templates: TemplatesOption = None,
     save_vocabulary: SaveVocabularyOption = None,
     device: DeviceOption = "auto",
+    runtime: RuntimeOption = None,
     dtype: PrecisionOption = Precision.float32,
 ) -> None:
     """
@@ -153,6 +155,8 @@ def segment(
     }
     settings = {"the model": model_facts(expand_path(model)), "the class names": class_facts(class_names), **options}
     settings |= {"the formats": sorted(wanted), "the dtype": dtype.value, "the colours": given_colors}
+    if runtime is not None:
+        options["runtime"] = settings["the runtime"] = runtime.value
     journal = Journal(output, part, settings)
     done = journal.resume() if resume else {}
     remaining = [job for job in jobs if not journal.is_done(done, *job, output_files(job[1], wanted))]
@@ -356,9 +360,8 @@ def load_segmenter(
     from san_hf.memory import page_out
 
     quiet_libraries()
-    segmenter = Segmenter.from_pretrained(
-        model, class_names, device=pick_device(device), dtype=getattr(torch, dtype), **options
-    )
+    where = "cpu" if device == "auto" and "runtime" in options else pick_device(device)
+    segmenter = Segmenter.from_pretrained(model, class_names, device=where, dtype=getattr(torch, dtype), **options)
     # The names are encoded: images need nothing of it any more.
     page_out(segmenter.predictor.model.text_model)
     return segmenter

@@ -1,9 +1,17 @@
 """Options of `san-hf segment` alone."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Runtime(str, Enum):
+    """What runs exported folders."""
+
+    onnx = "onnx"
+    openvino = "openvino"
 
 
 ClassesOption = Annotated[
@@ -55,6 +63,13 @@ OverlapOption = Annotated[
         metavar="PIXELS",
         show_default=False,
         help="What windows of --tile have in common, where their scores are blended; an eighth of SIZE by default.",
+    ),
+]
+RuntimeOption = Annotated[
+    Runtime | None,
+    typer.Option(
+        show_default=False,
+        help="Run a folder that san-hf export wrote, in the open form, which --model then names, on this runtime.",
     ),
 ]
 SaveVocabularyOption = Annotated[

@@ -10,7 +10,7 @@ from huggingface_hub import constants, hf_hub_download
 
 from san_hf.conversion import HUB_REPO, RELEASES, Release, convert_checkpoint
 from san_hf.files import remove_leftovers
-from san_hf.hub.names import EMBEDDED_MODEL
+from san_hf.hub.names import EMBEDDED_MODEL, EXPORT_FILE
 from san_hf.hub.reach import is_repository, is_unreachable, suggestion
 from san_hf.loading import ModelError, check_processor, damage, load_complete
 from san_hf.locks import locked
@@ -119,6 +119,11 @@ def check_name(name_or_path: str | os.PathLike) -> None:
         raise ModelError(
             f"The model '{name}' is a file, expected a folder. A checkpoint of the original SAN becomes one by "
             f"`san-hf convert {name} FOLDER`."
+        )
+    if os.path.isfile(os.path.join(name, EXPORT_FILE)):
+        raise ModelError(
+            f"'{name}' is an exported folder, expected a model's. To run it, name its runtime: `san-hf segment "
+            "--runtime`, or Segmenter.from_pretrained(folder, runtime=...)."
         )
     if not (os.path.isdir(name) or name in known or is_repository(name)):
         raise ModelError(

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageOps
@@ -22,6 +22,9 @@ from san_hf.modeling.fast_linear_san import fast_linear
 from san_hf.modeling.label_maps_san import LabelledPixels, MaskPrediction, label_pixels
 from san_hf.vocabularies.files import is_vocabulary_file
 
+
+if TYPE_CHECKING:
+    from san_hf.export import ExportedVision
 
 # Of the processor's shortest edge. At SAN's 640: 320, 480, 640, 800, 960 and 1120, each also mirrored; the longest
 # edge may then be as long at all of them as the largest scale allows, 1.75 * 2560 = 4480.
@@ -91,6 +94,10 @@ class Predictor:
         processor: the model's.
         augment: test-time augmentation: the scores of views at `AUGMENTATION_SCALES`, each also mirrored, are averaged.
         autocast: gives a context manager to run the model in, such as `accelerator.autocast`.
+        runtime: an exported graph of this model that does the vision pass: [`san_hf.export.ExportedVision`].
+
+    Raises:
+        ExportError: the graph is of another model.
     """
 
     def __init__(
@@ -100,8 +107,12 @@ class Predictor:
         *,
         augment: bool = False,
         autocast: Autocast = nullcontext,
+        runtime: "ExportedVision | None" = None,
     ):
         self.model, self.processor, self.augment, self.autocast = model, processor, augment, autocast
+        if runtime is not None:
+            runtime.check_model(model)
+        self.runtime = runtime
         self._carried: tuple[torch.Tensor | None, Vocabulary] | None = None
 
     def vocabulary(self, class_names: ClassNames | None = None, **options: Any) -> Vocabulary:
@@ -345,7 +356,8 @@ class Predictor:
         pixel_values = torch.cat([view["pixel_values"] for view in inputs])
         image_sizes = torch.cat([view["image_sizes"] for view in inputs])
         with fast_linear(self.model.device), self.autocast():
-            outputs = self.model.encode_images(pixel_values.to(self.model.device, self.model.dtype))
+            encode_images = self.model.encode_images if self.runtime is None else self.runtime
+            outputs = encode_images(pixel_values.to(self.model.device, self.model.dtype))
         return [
             EncodedView(
                 mask_logits=mask_logits,

@@ -105,15 +105,29 @@ class Segmenter:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        runtime: str | None = None,
         **options: Any,
     ) -> "Segmenter":
         """
         Loads a model by name, as [`san_hf.hub.from_pretrained`] does; the rest as above.
 
+        Args:
+            name_or_path: with a `runtime`, a folder that [`san_hf.export.export_model`] wrote, in the open form.
+            class_names: see above.
+            device: for the model; "cpu" with a `runtime`.
+            dtype: to compute in; with a `runtime` float32, or with OpenVINO bfloat16.
+            runtime: "onnx" or "openvino", to run an exported graph.
+            **options: see above.
+
         Raises:
             ModelError: there is no such model, or it isn't a complete SAN.
+            ExportError: it is no exported folder, or the runtime isn't installed, or can't do what is asked for.
             ValueError: names that are no vocabulary.
         """
+        if runtime is not None:
+            from san_hf.export import load_exported
+
+            return cls(*load_exported(name_or_path, runtime, device, dtype), class_names, **options)
         model, processor = load_model(name_or_path, dtype)
         # Transformers' decorator of `to` hides its signature.
         return cls(model.to(device).eval(), processor, class_names, **options)  # type: ignore[arg-type]

@@ -37,12 +37,3 @@ def test_there_and_back(tmp_path, model_folder):
     assert invoke("convert", model_folder, file, "--to-original", "--overwrite", "--dtype", "float16").exit_code == 0
     tensors = torch.load(file, weights_only=True)["model"]
     assert {tensor.dtype for name, tensor in tensors.items() if name != "ov_classifier.logit_scale"} == {torch.float16}
-
-
-def test_the_old_name_of_the_way_back(tmp_path, model_folder):
-    """Catches scripts left without a word about what to type now."""
-    result = invoke("export", model_folder, tmp_path / "san.pth", "--overwrite")
-    assert result.exit_code == 2 and result.output.count("\n") == 1
-    assert f"san-hf convert {model_folder} {tmp_path / 'san.pth'} --to-original" in result.output
-    assert not (tmp_path / "san.pth").exists()
-    assert "san-hf convert MODEL FILE --to-original" in invoke("export").output

@@ -18,7 +18,14 @@ SOURCES = sorted(
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 # Typer reads a command's options off its signature; a model's `forward`, and what Transformers calls with its own
 # arguments, have theirs given; a data set has as many options as it has.
-MANY_PARAMETERS = {"evaluate", "segment", "forward", "_preprocess_image_like_inputs", "load_segmentation_dataset"}
+MANY_PARAMETERS = {
+    "evaluate",
+    "export",
+    "segment",
+    "forward",
+    "_preprocess_image_like_inputs",
+    "load_segmentation_dataset",
+}
 # Renaming is what publishes a prepared data set whose parts are complete; see `prepare_benchmark`.
 MAY_RENAME = {"files.py", "prepare.py", "publish.py"}
 

@@ -1,0 +1,6 @@
+"""Models as graphs for other runtimes: ONNX, OpenVINO and torch's own."""
+
+import lazy_loader
+
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,66 @@
+"""Export to OpenVINO."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .calibration import Calibration
+from .description import DESCRIPTION_KEY
+
+
+EXTRA = "openvino"
+PACKAGES = ("openvino",)
+EXPORTER = "transformers.exporters.exporter_openvino"
+GRAPH = "openvino_model.xml"
+
+
+def export(form: torch.nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, Any]) -> Any:
+    """The graph of a form, an `openvino.Model`."""
+    from transformers.exporters.configs import OpenVINOConfig
+    from transformers.exporters.exporter_openvino import OpenVINOExporter
+
+    exporter: Any = OpenVINOExporter()  # which takes any module, if not by its types
+    exported = exporter.export(form, inputs, OpenVINOConfig(dynamic_shapes=shapes))
+    return exported.program if hasattr(exported, "components") else exported  # transformers < 5.23
+
+
+def quantize(folder: Path, calibration: Calibration, description: str) -> None:
+    """Replaces the graph in a folder by one of 8 bits, with another description."""
+    import openvino
+
+    # Not from the files themselves: they are mapped into memory, and replaced.
+    graph, weights = ((folder / GRAPH).with_suffix(suffix).read_bytes() for suffix in (".xml", ".bin"))
+    save(calibration.quantize(openvino.Core().read_model(graph, weights)), folder, description)
+
+
+def save(program: Any, folder: Path, description: str) -> None:
+    """Writes the graph, its weights beside it, and the description into its metadata."""
+    import openvino
+
+    program.set_rt_info(description, [DESCRIPTION_KEY])
+    openvino.save_model(program, folder / GRAPH, compress_to_fp16=False)
+
+
+class Runner:
+    """
+    Runs the graph in a folder on OpenVINO, on the CPU, with as many threads as torch has.
+
+    Args:
+        folder: of the graph.
+        precision: to compute in, "f32" or "bf16". By itself OpenVINO takes bfloat16 where the processor has it.
+    """
+
+    def __init__(self, folder: Path, precision: str = "f32"):
+        import openvino
+
+        config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        self.model = openvino.Core().compile_model(folder / GRAPH, "CPU", config)
+
+    def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Iterable[str]) -> list[np.ndarray]:
+        """The named outputs."""
+        # A request of its own, so that threads may share the runner.
+        results = self.model.create_infer_request().infer(dict(inputs))
+        return [results[name] for name in outputs]
