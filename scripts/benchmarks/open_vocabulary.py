@@ -36,6 +36,7 @@ from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.picture_book.clip import train_clip, train_tokenizer
 from san_hf.picture_book.measure import VALIDATION_SEED, measure
+from san_hf.picture_book.objects import BASE
 from san_hf.picture_book.san import BATCH_SIZE, FINE_TUNING_RATE, build_processor, fine_tune_san, train_san
 
 
@@ -63,8 +64,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA on CLIP's vision tower": {"lora": LORA, "clip_learning_rate": 10 * FINE_TUNING_RATE},
     "CLIP's vision tower trained": {"freeze_clip": False},
 }
+FEW = [name for name in BASE if name.endswith((" house", " car"))]
 UNTRAINED = "before"
-FINE_TUNINGS = {UNTRAINED: {}, **WAYS}
+FINE_TUNINGS = {
+    UNTRAINED: {},
+    **WAYS,
+    **{f"{way}, houses and cars only": options | {"compositions": FEW} for way, options in WAYS.items()},
+}
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ def test_fine_tuning(way, tmp_path, capfd):
 
 
 VISION, TEXT = {"model.vision_model", "model.visual_projection"}, {"text_model", "text_projection", "logit_scale"}
+FEW = "CLIP's vision tower trained, houses and cars only"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,7 @@ VISION, TEXT = {"model.vision_model", "model.visual_projection"}, {"text_model",
         ("CLIP frozen", set()),
         ("LoRA on CLIP's vision tower", set()),
         ("CLIP's vision tower trained", VISION),
+        (FEW, VISION),
     ],
 )
 def test_what_fine_tuning_trains(variant, trained):
@@ -160,7 +162,9 @@ def test_what_fine_tuning_trains(variant, trained):
     assert bool(lora) == ("LoRA" in variant) and all(name.startswith("model.vision_model") for name in lora)
     assert all(tensor.any() for name, tensor in lora.items() if ".lora_B." in name)
     names = set(model.config.id2label.values())
-    assert names == {*BASE, *STUFF}
+    assert names == {
+        name for name in (*BASE, *STUFF) if variant != FEW or name in STUFF or name.endswith(("house", "car"))
+    }
 
 
 def test_page_has_the_benchmark_as_committed():
