@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from san_hf.cli.adapters import adapters
+from san_hf.cli.app_command import run_app
 from san_hf.cli.console import expected_errors, replace_unprintable, show, show_stack_traces
 from san_hf.cli.convert import convert
 from san_hf.cli.evaluate import evaluate
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "push": push,
     "results": results,
     "adapters": adapters,
+    "app": run_app,
 }
 
 app = typer.Typer(
@@ -65,4 +67,5 @@ def main(
 
 
 for name, command in COMMANDS.items():
-    app.command(name, no_args_is_help=True)(expected_errors(command))
+    # The app alone has something to do without being told more.
+    app.command(name, no_args_is_help=command is not run_app)(expected_errors(command))

@@ -16,9 +16,10 @@ from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.images import load_image
 from san_hf.inference.predictor import Predictor, PreparedImage
 from san_hf.inference.segmentation import Segmentation
-from san_hf.inference.vocabulary import ClassNames
+from san_hf.inference.vocabulary import ClassNames, Vocabulary
 from san_hf.inference.windows import windows_of
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
+from san_hf.modeling.label_maps_san import LabelledPixels
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,7 @@ class Segmenter:
 
     def _segment(self, batch: Sequence[AnyImage]) -> list[Segmentation]:
         loaded = [self.load(image) for image in batch]
-        count = len(self.vocabulary.class_names)
-        # The smallest that holds all labels: torch has next to no operators for unsigned 16-bit integers.
-        dtype = torch.uint8 if count <= 2**8 else torch.int16 if count <= 2**15 else torch.int32
+        dtype = label_dtype(self.vocabulary)
         if self.windows is None:
             encoded = self.predictor.encode([image.prepared or image.image for image in loaded])
             labelled = self.predictor.classify_pixels(
@@ -211,13 +210,38 @@ class Segmenter:
                 for image in loaded
             ]
         return [
-            Segmentation(
-                image.image,
-                pixels.labels.cpu().numpy().astype(np.uint8 if count <= 2**8 else np.uint16, copy=False),
-                self.class_names,
-                self.vocabulary.has_other,
-                {**self.vocabulary.colors, **self.colors},
-                None if pixels.confidence is None else pixels.confidence.cpu().numpy(),
-            )
+            as_segmentation(image.image, pixels, self.vocabulary, self.colors)
             for image, pixels in zip(loaded, labelled)
         ]
+
+
+def label_dtype(vocabulary: Vocabulary) -> torch.dtype:
+    """
+    The smallest that holds all labels, for [`Predictor.classify_pixels`]: torch has next to no operators for unsigned
+    16-bit integers.
+    """
+    count = len(vocabulary.class_names)
+    return torch.uint8 if count <= 2**8 else torch.int16 if count <= 2**15 else torch.int32
+
+
+def as_segmentation(
+    image: Image.Image, pixels: LabelledPixels, vocabulary: Vocabulary, colors: Mapping[str, Color]
+) -> Segmentation:
+    """
+    The result that goes with an image.
+
+    Args:
+        image: upright, 8-bit RGB.
+        pixels: its labels and, if it was asked for, confidence: see [`Predictor.classify_pixels`].
+        vocabulary: whose labels they are.
+        colors: by class name; they come before the vocabulary's own.
+    """
+    names = list(vocabulary.class_names)
+    return Segmentation(
+        image,
+        pixels.labels.cpu().numpy().astype(np.uint8 if len(names) <= 2**8 else np.uint16, copy=False),
+        names,
+        vocabulary.has_other,
+        {**vocabulary.colors, **colors},
+        None if pixels.confidence is None else pixels.confidence.cpu().numpy(),
+    )

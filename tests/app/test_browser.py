@@ -1,0 +1,203 @@
+"""
+The app as somebody sees it: a headless Chromium, from an upload to the files. It needs the extra `app`, playwright, and
+Debian's package chromium, or the program that CHROMIUM names.
+
+SAN_HF_SCREENSHOT=FILE keeps a screenshot of the embedded model's app; model_cards/app.png is one.
+"""
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from san_hf.app.interface import SAMPLE, launched
+from san_hf.app.limits import Limits
+from san_hf.app.models import Models
+from san_hf.inference import Predictor
+
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+if CHROMIUM is None:
+    pytest.skip("there is no chromium here: apt install chromium, or set CHROMIUM", allow_module_level=True)
+pytest.importorskip("gradio", reason="gradio isn't installed: pip install 'san_hf[app]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed: pip install playwright")
+
+
+pytestmark = pytest.mark.slow
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+NAMES = ["blue bird", "orange house", "sky", "mountain", "grass"]
+
+
+class Tab:
+    """A tab of a browser, with the parts of the page that a visitor uses."""
+
+    def __init__(self, browser, address: str):
+        self.page = browser.new_page()
+        self.addresses: list[str] = []
+        self.page.on("request", lambda request: self.addresses.append(request.url))
+        self.page.goto(address)
+        self.page.locator("#picture input[type=file]").wait_for(state="attached")
+
+    def upload(self, file: Path) -> None:
+        self.page.set_input_files("#picture input[type=file]", str(file))
+
+    def add_names(self, *names: str) -> None:
+        field = self.page.locator("#tags input")
+        for name in names:
+            field.fill(name)
+            field.press("Enter")
+        field.press("Escape")
+
+    def text(self, part: str) -> str:
+        return self.page.locator(f"#{part} input, #{part} textarea").first.input_value()
+
+    def wait_for_text(self, part: str, text: str) -> None:
+        field = f"document.querySelector('#{part} textarea, #{part} input')"
+        self.page.wait_for_function(f"() => {field}.value.includes({json.dumps(text)})")
+
+    def wait_for_legend(self, *names: str) -> dict[str, float]:
+        """The legend's shares, when it has just these names; in the note, those that were not found."""
+        for name in names:
+            self.page.locator("#legend", has_text=name).wait_for()
+        self.page.wait_for_function(
+            "() => /vision passes/.test(document.querySelector('#status textarea, #status input').value)"
+        )
+        rows = self.page.locator("#legend tr").all_inner_texts()
+        shares = {row.split("\t")[-2].strip(): float(row.split("\t")[-1].rstrip("%")) for row in rows}
+        assert set(shares) <= set(names)
+        return shares
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with sync_api.sync_playwright() as playwright:
+        folder = str(tmp_path_factory.mktemp("profile"))
+        context = playwright.chromium.launch_persistent_context(
+            folder,
+            executable_path=CHROMIUM,
+            headless=True,
+            args=FLAGS,
+            accept_downloads=True,
+            viewport={"width": 1280, "height": 1150},
+        )
+        yield context
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def page():
+    models = Models.load(["picture-book"])
+    with launched(models, Limits(upload=1_000_000)) as page:
+        yield page
+
+
+def test_a_visit(browser, page, passes, tmp_path):
+    """Catches a page on which an upload, words, other words, a click or a download don't do what they are for."""
+    tab = Tab(browser, page.local_url)
+    tab.upload(SAMPLE)
+    tab.add_names("blue bird, orange house", "sky", "mountain")
+    first = tab.wait_for_legend("blue bird", "orange house", "sky", "mountain")
+    assert abs(sum(first.values()) - 100) < 0.3
+    color = tab.page.locator("#legend tr", has_text="sky").locator("td").first.get_attribute("style")
+
+    tab.add_names("grass")
+    second = tab.wait_for_legend(*NAMES)
+    assert second["grass"] > 30 and second["mountain"] < first["mountain"] - 30
+    assert tab.page.locator("#legend tr", has_text="sky").locator("td").first.get_attribute("style") == color
+    assert passes["images"] == 1 and tab.text("status").endswith("vision passes for this picture: 1")
+
+    # The sky is at the top, in the middle of it; the picture may be letterboxed.
+    image = tab.page.locator("#result img").bounding_box()
+    tab.page.mouse.click(image["x"] + 0.5 * image["width"], image["y"] + 0.1 * image["height"])
+    tab.wait_for_text("pixel", "sky, score ")
+    if os.environ.get("SAN_HF_SCREENSHOT"):
+        tab.page.screenshot(path=os.environ["SAN_HF_SCREENSHOT"])
+
+    tab.page.locator("#view label", has_text="mask").click()
+    tab.page.locator("#prepare").click()
+    links = tab.page.locator("#files a[download]")
+    links.first.wait_for()
+    files = {}
+    for link in links.all():
+        with tab.page.expect_download() as waiting:
+            link.click()
+        files[waiting.value.suggested_filename.partition(".")[2]] = waiting.value.path()
+    assert sorted(files) == ["coco.json", "geojson", "json", "labels.png", "overlay.png"]
+    legend = json.loads(Path(files["json"]).read_text())["classes"]
+    assert {entry["name"]: round(100 * entry["share"], 1) for entry in legend if entry["pixels"]} == second
+    with Image.open(files["labels.png"]) as labels:
+        counts = np.bincount(np.asarray(labels).ravel(), minlength=5)
+    assert [entry["pixels"] for entry in legend] == counts.tolist()
+    assert passes["images"] == 1
+    assert all(address.startswith((page.local_url, "data:", "blob:")) for address in tab.addresses)
+    tab.page.close()
+
+
+def test_errors(browser, page, tmp_path):
+    """Catches a failure that says nothing, or shows a stack trace or a path."""
+    tab = Tab(browser, page.local_url)
+    toast = tab.page.locator(".toast-body, [data-testid=toast-body]")
+    tab.page.locator("#start").click()
+    toast.filter(has_text="There is no picture yet: upload, paste or take one.").wait_for()
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    tab.add_names("sky")
+    tab.upload(tmp_path / "broken.png")
+    toast.filter(has_text="The file is no picture, or of a format that can't be read here.").wait_for()
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "large.png")
+    assert (tmp_path / "large.png").stat().st_size > 1_000_000
+    tab = Tab(browser, page.local_url)
+    tab.upload(tmp_path / "large.png")
+    tab.page.get_by_text("exceed", exact=False).or_(tab.page.get_by_text("maximum", exact=False)).first.wait_for()
+    assert "Traceback" not in tab.page.inner_text("body")
+    tab.page.close()
+
+
+def test_two_tabs(browser, page, tmp_path, passes):
+    """Catches a visitor who sees what another one looks at."""
+    tabs = Tab(browser, page.local_url), Tab(browser, page.local_url)
+    Image.new("RGB", (120, 80), (90, 160, 230)).save(tmp_path / "blue.png")
+    tabs[0].upload(SAMPLE)
+    tabs[1].upload(tmp_path / "blue.png")
+    for tab in tabs:
+        tab.add_names(*NAMES)
+    shares = [tab.wait_for_legend(*NAMES) for tab in tabs]
+    assert len(shares[0]) == 5 and shares[0] != shares[1]
+    assert passes["images"] == 2
+    for tab in tabs:
+        tab.page.close()
+
+
+def test_stopping(browser, page, passes, monkeypatch):
+    """Catches a button that stops nothing, or after which the page is of no use or the picture is encoded again."""
+    started, go_on = threading.Event(), threading.Event()
+    encode = Predictor.encode
+
+    def slow(self, images):
+        started.set()
+        go_on.wait(60)
+        return encode(self, images)
+
+    monkeypatch.setattr(Predictor, "encode", slow)
+    tab = Tab(browser, page.local_url)
+    tab.page.locator(".gallery-item, [data-testid=gallery-item], .gallery button").first.click()  # the example
+    tab.add_names("sky", "grass")
+    assert started.wait(60)
+    tab.wait_for_text("status", "Encoding the picture")
+    tab.page.locator("#stop").click()
+    tab.page.wait_for_timeout(1000)
+    go_on.set()
+    tab.page.wait_for_timeout(2000)
+    assert tab.page.locator("#legend tr").count() == 0
+    tab.page.locator("#start").click()
+    tab.wait_for_legend("sky", "grass")
+    assert passes["images"] == 1
+    tab.page.close()
