@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -184,7 +185,7 @@ def test_graphs_of_any_size(target, form, exported, model, vocabulary):
         for name, got in zip(names, run({name: value.numpy() for name, value in inputs.items()}, names)):
             expected = getattr(outputs, name)
             if name == "logits":
-                got, expected = got.clip(min=-16), expected.clamp(min=-16)
+                got, expected = np.exp(got), expected.exp()  # scores, of which the smallest decide nothing
             assert relative_difference(torch.from_numpy(got), expected) < 1e-3
     facts = json.loads((folder / "san_hf.json").read_text())
     inside = graph_description(target, folder)
