@@ -65,8 +65,8 @@ def export(
         Int8 | None,
         typer.Option(
             show_default=False,
-            help="8 bits, for weights alone, or for weights and activations, whose ranges --images show. How many "
-            "labels stay is printed.",
+            help="With --to openvino: 8 bits, for weights alone, or for weights and activations, whose ranges --images "
+            "show. How many labels stay is printed.",
         ),
     ] = None,
     images: Annotated[

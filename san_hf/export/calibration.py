@@ -24,14 +24,12 @@ class Calibration:
     inputs: Sequence[Mapping[str, np.ndarray]] = ()
 
     def quantize(self, graph: Any) -> Any:
-        """A graph of OpenVINO or ONNX, of 8 bits."""
+        """A graph of OpenVINO, of 8 bits."""
         import nncf
 
         nncf.set_log_level(logging.ERROR)
         if not self.inputs:
-            # Convolutions, which ONNX Runtime can't read then, hold next to nothing.
-            linear = nncf.IgnoredScope(types=["Conv", "Convolution"], validate=False)
-            return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM, ignored_scope=linear)
+            return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_ASYM)
         return nncf.quantize(
             graph,
             nncf.Dataset(self.inputs),

@@ -190,7 +190,7 @@ def split_samples(
     if int8 not in INT8:
         raise ExportError(f"Got int8={int8!r:.40}, expected one of {', '.join(INT8)}.")
     if not hasattr(TARGETS[target], "quantize"):
-        raise ExportError(f"The target {target!r} has no 8 bits: expected onnx or openvino.")
+        raise ExportError(f"The target {target!r} has no 8 bits: expected openvino.")
     require(calibration.PACKAGES, "openvino", "8 bits")
     if int8 == "weights":
         return [], samples

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calibration import Calibration
 from .description import DESCRIPTION_KEY
 
 
@@ -26,16 +25,6 @@ def export(form: torch.nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[
     exported = exporter.export(form, inputs, OnnxConfig(dynamic_shapes=shapes))
     # transformers < 5.23 gives torch's own `ONNXProgram`.
     return exported.program if hasattr(exported, "components") else exported.model
-
-
-def quantize(folder: Path, calibration: Calibration, description: str) -> None:
-    """Replaces the graph in a folder by one of 8 bits, with another description."""
-    import onnx
-
-    model = calibration.quantize(onnx.load(folder / GRAPH))
-    onnx.helper.set_model_props(model, {DESCRIPTION_KEY: description})
-    (folder / f"{GRAPH}.data").unlink()
-    onnx.save(model, folder / GRAPH, save_as_external_data=True, location=f"{GRAPH}.data")
 
 
 def save(program: Any, folder: Path, description: str) -> None:
