@@ -1,5 +1,7 @@
 """What the tests of the app share: a tiny model of random weights, and pictures as files."""
 
+import tempfile
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +10,14 @@ from san_hf.app.models import Models
 from san_hf.inference import Predictor
 from san_hf.modeling import SANImageProcessor, SANProcessor
 from tests.tiny import segmenting_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def temporary_folders(tmp_path_factory):
+    """Gradio makes the first app's temporary folder again for each later one of a process."""
+    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("temporary"))
+    yield
+    tempfile.tempdir = before
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,12 @@ Debian's package chromium, or the program that CHROMIUM names.
 SAN_HF_SCREENSHOT=FILE keeps a screenshot of the embedded model's app; model_cards/app.png is one.
 """
 
+import gc
 import json
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from PIL import Image
 from san_hf.app.interface import SAMPLE, launched
 from san_hf.app.limits import Limits
 from san_hf.app.models import Models
+from san_hf.app.state import Session
 from san_hf.inference import Predictor
 
 
@@ -31,7 +34,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright isn't i
 pytestmark = pytest.mark.slow
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
+    "--disable-component-update --disable-sync --use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
 ).split()
 NAMES = ["blue bird", "orange house", "sky", "mountain", "grass"]
 
@@ -201,3 +204,50 @@ def test_stopping(browser, page, passes, monkeypatch):
     tab.wait_for_legend("sky", "grass")
     assert passes["images"] == 1
     tab.page.close()
+
+
+def test_pasting_and_the_webcam(browser, page, passes):
+    """Catches a way of giving a picture that leads nowhere, or that the server takes for no upload."""
+    browser.grant_permissions(["clipboard-read", "clipboard-write", "camera"], origin=page.local_url.rstrip("/"))
+    tab = Tab(browser, page.local_url)
+    tab.page.evaluate(
+        """async () => {
+            const canvas = new OffscreenCanvas(120, 80);
+            canvas.getContext("2d").fillRect(0, 0, 120, 80);
+            const blob = await canvas.convertToBlob({type: "image/png"});
+            await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+        }"""
+    )
+    tab.page.get_by_label("Paste from clipboard").click()
+    tab.add_names("sky")
+    assert tab.wait_for_legend("sky") == {"sky": 100.0}
+    tab.page.close()
+
+    tab = Tab(browser, page.local_url)
+    tab.add_names("sky")
+    tab.page.get_by_label("Capture from camera").click()
+    tab.page.get_by_text("Click to Access Webcam").click()
+    tab.page.wait_for_function("() => document.querySelector('#picture video')?.readyState >= 2")
+    tab.page.get_by_label("capture photo").click()
+    assert tab.wait_for_legend("sky") == {"sky": 100.0}
+    tab.page.close()
+    assert passes["images"] == 2
+
+
+def test_a_closed_tab_is_forgotten(browser, page):
+    """Catches pictures that stay in the memory when nobody looks at them any more."""
+
+    def pictures() -> int:
+        gc.collect()
+        return sum(found.image is not None for found in gc.get_objects() if type(found) is Session)
+
+    tab = Tab(browser, page.local_url)
+    tab.upload(SAMPLE)
+    tab.add_names("sky", "grass")
+    tab.wait_for_legend("sky", "grass")
+    assert pictures() > 0
+    tab.page.close()
+    until = time.monotonic() + 60
+    while pictures() and time.monotonic() < until:
+        time.sleep(0.5)
+    assert pictures() == 0
