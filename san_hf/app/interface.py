@@ -180,14 +180,13 @@ def launched(
         MissingPackageError: without the extra `app`.
     """
     port = _free_port(host, port)
-    # Gradio reads them when it is imported: no calls home.
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    import_extra("gradio", "app", "The app")
-    import gradio as gr
-    from starlette.middleware import Middleware
-
     with TemporaryDirectory(prefix="san-hf-app-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        # Gradio reads them when it is imported. No calls home.
+        os.environ.update(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
+        import_extra("gradio", "app", "The app")
+        import gradio as gr
+        from starlette.middleware import Middleware
+
         page = build_interface(models, limits, examples)
         try:
             page.launch(

@@ -1,6 +1,7 @@
 """`san-hf app`."""
 
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,9 @@ def run_app(
     """
     from san_hf.extras import import_extra
 
-    import_extra("gradio", "app", "The app")
+    # Before a model is loaded; it is imported when it has been told of its folder.
+    if find_spec("gradio") is None:
+        import_extra("gradio", "app", "The app")
     import torch
 
     from san_hf.app.interface import serve

@@ -4,7 +4,8 @@ import json
 import re
 import runpy
 import sys
-import types
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 
 import pytest
 import yaml
@@ -27,7 +28,7 @@ def served(monkeypatch):
         calls.append({"models": models.names, "host": host, "port": port})
 
     monkeypatch.setattr(interface, "serve", serve)
-    monkeypatch.setitem(sys.modules, "gradio", types.ModuleType("gradio"))
+    monkeypatch.setitem(sys.modules, "gradio", module_from_spec(ModuleSpec("gradio", None)))
     return calls
 
 
