@@ -69,7 +69,7 @@ setup(
         "xxhash>=3.1",
     ],
     extras_require={
-        "app": ["gradio>=6.0", "rasterio>=1.4", "shapely>=2.0"],
+        "app": ["gradio>=6.31", "rasterio>=1.4", "shapely>=2.0"],
         "polygons": ["rasterio>=1.4", "shapely>=2.0"],
         "supervision": ["supervision>=0.25"],
         "tracking": ["tensorboard>=2.18", "wandb>=0.22"],

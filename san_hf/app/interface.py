@@ -27,6 +27,8 @@ from san_hf.vocabularies import VOCABULARIES
 SAMPLE = resources.files("san_hf") / "checkpoints" / "picture-book" / "sample.png"
 TITLE = "Name it, and see where it is"
 EXPANSION_CHOICES = [("nothing", ""), ("COCO-Stuff's 171 classes", "coco"), ("its 91 stuff classes", "coco-stuff")]
+# Addresses of this machine alone.
+LOOPBACK = ["127.0.0.1", "localhost"]
 # System fonts: the page needs no network.
 FONTS = ["system-ui", "sans-serif"]
 
@@ -186,7 +188,12 @@ def launched(
         import_extra("gradio", "app", "The app")
         import gradio as gr
         from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+        middleware = [Middleware(GuardedRequests)]
+        if host in LOOPBACK:
+            # Another page in the same browser may have a name of its own that leads here.
+            middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK))
         page = build_interface(models, limits, examples)
         try:
             page.launch(
@@ -205,7 +212,7 @@ def launched(
                 footer_links=[],
                 state_session_capacity=4 * limits.sessions,
                 theme=gr.themes.Default(font=FONTS, font_mono=["monospace"]),
-                app_kwargs={"middleware": [Middleware(GuardedRequests)]},
+                app_kwargs={"middleware": middleware},
             )
             yield page
         finally:

@@ -16,7 +16,7 @@ class Limits:
     Bounds of what one visitor, and all of them together, can make the app hold.
 
     Attributes:
-        pixels: of a picture. One of 20 million takes 160 MB with its result.
+        pixels: of a picture. One of 20 million takes 220 MB with its result.
         upload: bytes of a file.
         names: class names, those of a preset and of the expansion included.
         name_length: letters of a name.

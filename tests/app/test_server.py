@@ -120,6 +120,19 @@ def test_refusals_are_sentences(page, pictures, tmp_path):
     assert visitor.ask(picture, ["sky"])[0] is not None
 
 
+def test_pages_of_others(page):
+    """Catches a server of this machine alone that answers under a name that somebody else's page brought along."""
+    visitor = Visitor(page.local_url)
+    assert visitor.http.get("/config", headers={"Host": "elsewhere.example"}).status_code == 400
+    # Nor does it let one read its answers.
+    other = {"Origin": "http://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    for answer in (
+        visitor.http.get("/config", headers=other),
+        visitor.http.options("/gradio_api/queue/join", headers=other),
+    ):
+        assert answer.headers.get("access-control-allow-origin") not in ("*", "http://elsewhere.example")
+
+
 def test_sizes_are_bounded(page, tmp_path):
     """Catches an upload or a question that fills the disk or the memory."""
     visitor = Visitor(page.local_url)
