@@ -20,6 +20,7 @@ from photos import draw_photo
 from PIL import Image
 
 from san_hf.conversion import RELEASES, clip_tokenizer
+from san_hf.export import ExportedVision, export_model
 from san_hf.inference import Predictor, Segmenter, Vocabulary
 from san_hf.inference.embeddings_cache import VARIABLE as CACHE_VARIABLE
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANImageProcessor, SANProcessor
@@ -98,7 +99,7 @@ class Setup:
     """What the rows of one model, runtime and dtype share, made when it is first used: most rows need little of it."""
 
     def __init__(self, options: argparse.Namespace, model: str, dtype: str, runtime: str):
-        self.options, self.dtype_name, self.runtime = options, dtype, runtime
+        self.options, self.name, self.dtype_name, self.runtime = options, model, dtype, runtime
         self.make_config, self.sizes = MODELS[model]
         self.scored: tuple[int, int] = tuple(options.size or self.sizes.scored)
         self.device, self.dtype = torch.device(options.device), getattr(torch, dtype)
@@ -120,7 +121,15 @@ class Setup:
 
     @cached_property
     def predictor(self) -> Predictor:
-        return Predictor(self.model, self.processor)
+        if self.runtime == "torch":
+            return Predictor(self.model, self.processor)
+        target, _, bits = self.runtime.partition("-")
+        folder = Path(self.options.scratch, f"{self.name}-{self.runtime}")
+        if not folder.exists():
+            images = [draw_photo(np.random.default_rng(1 + number), 8, self.sizes.input)[0] for number in range(4)]
+            int8 = "activations" if bits else None
+            export_model(self.model, self.processor, folder, target=target, int8=int8, images=images if bits else ())
+        return Predictor(self.model, self.processor, runtime=ExportedVision(folder, target))
 
     def photo(self, size: tuple[int, int]) -> Image.Image:
         return draw_photo(np.random.default_rng(0), 8, size)[0]

@@ -53,7 +53,7 @@ README = ROOT / "README.md"
 # Around the table in README.md
 BLOCK = ("<!-- scripts/benchmarks/inference.json, as inference.py --readme writes it -->\n", "<!-- end -->\n")
 KEYS = ("model", "what", "classes", "dtype", "runtime", "ours_s", "plain_s", "ratio", "peak_bytes", "agrees")
-RUNTIMES = ("torch",)  # of the vision pass
+RUNTIMES = ("torch", "onnx", "openvino", "openvino-int8")  # of the vision pass; 8 bits are no exact form
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
