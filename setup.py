@@ -44,6 +44,7 @@ setup(
             "conversion/*.json",
             "vocabularies/*.json",
         ],
+        "san_hf.modeling": ["*.md", "*.png"],
         "san_hf.model_cards": ["*"],
     },
     python_requires=">=3.10",

@@ -7,13 +7,6 @@ Needs matplotlib (supervision, an extra of this package, has it).
 
 import sys
 
-import matplotlib
-
-
-matplotlib.use("agg")
-from matplotlib import pyplot
-from matplotlib.patches import FancyBboxPatch
-
 
 CLIP, ADAPTER, DATA = "#d7e3f4", "#fbe3c4", "#f2f2f2"
 # Centre, size, text, colour: in inches of a figure of 12 x 6.4.
@@ -59,6 +52,12 @@ def edge(box: tuple, toward: tuple) -> tuple[float, float]:
 
 
 def main(path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import FancyBboxPatch
+
     figure, axes = pyplot.subplots(figsize=(12, 5.5), dpi=110)
     axes.set(xlim=(0.1, 12.6), ylim=(0, 5.5))
     axes.set_axis_off()

@@ -78,7 +78,9 @@ names = [name for name in names if not name.endswith("__main__")]
 for name in names:
     importlib.import_module(name)
 for script in Path({str(ROOT)!r}, "scripts").rglob("*.py"):
+    sys.path.insert(0, str(script.parent))  # as `python script.py` does
     runpy.run_path(str(script), run_name="imported")
+    del sys.path[0]
 print(len(names))
 """
     done = subprocess.run(
