@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from photos import draw_photo
 from PIL import Image
+from runtimes import make_predictor
 
 from san_hf.conversion import RELEASES, clip_tokenizer
-from san_hf.export import ExportedVision, export_model
 from san_hf.inference import Predictor, Segmenter, Vocabulary
 from san_hf.inference.embeddings_cache import VARIABLE as CACHE_VARIABLE
 from san_hf.modeling import SANConfig, SANForSemanticSegmentation, SANImageProcessor, SANProcessor
@@ -121,15 +121,7 @@ class Setup:
 
     @cached_property
     def predictor(self) -> Predictor:
-        if self.runtime == "torch":
-            return Predictor(self.model, self.processor)
-        target, _, bits = self.runtime.partition("-")
-        folder = Path(self.options.scratch, f"{self.name}-{self.runtime}")
-        if not folder.exists():
-            images = [draw_photo(np.random.default_rng(1 + number), 8, self.sizes.input)[0] for number in range(4)]
-            int8 = "activations" if bits else None
-            export_model(self.model, self.processor, folder, target=target, int8=int8, images=images if bits else ())
-        return Predictor(self.model, self.processor, runtime=ExportedVision(folder, target))
+        return make_predictor(self)
 
     def photo(self, size: tuple[int, int]) -> Image.Image:
         return draw_photo(np.random.default_rng(0), 8, size)[0]

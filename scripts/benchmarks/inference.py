@@ -38,6 +38,7 @@ from unittest.mock import patch
 
 import torch
 from cases import CASES, MODELS, Case, Setup
+from runtimes import RUNTIMES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,7 +54,6 @@ README = ROOT / "README.md"
 # Around the table in README.md
 BLOCK = ("<!-- scripts/benchmarks/inference.json, as inference.py --readme writes it -->\n", "<!-- end -->\n")
 KEYS = ("model", "what", "classes", "dtype", "runtime", "ours_s", "plain_s", "ratio", "peak_bytes", "agrees")
-RUNTIMES = ("torch", "onnx", "openvino", "openvino-int8")  # of the vision pass; 8 bits are no exact form
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
