@@ -282,7 +282,9 @@ class MaskDecoder(nn.Module):
         attention_mlp = cast(MaskDecoderMLP, self.attention_mlp)
         hidden_states = attention_mlp.encode(patches)  # (B, Hs * Ws, c')
         dim = hidden_states.shape[-1]
-        unit_vectors = torch.eye(dim + 1, dim, dtype=hidden_states.dtype, device=hidden_states.device)  # and zero
+        # Not torch.eye, of which exporters make comparisons of unsigned 16-bit integers, which few runtimes know.
+        channel = torch.arange(dim + 1, device=hidden_states.device)
+        unit_vectors = (channel[:, None] == channel[:dim]).to(hidden_states.dtype)  # and zero
         features = attention_mlp.layers[-1](unit_vectors).unflatten(1, (-1, query_embeds.shape[-1]))
         weights, offset = features[:-1] - features[-1], features[-1:]  # (c' and 1, n * heads, c)
         weights, offset = (torch.einsum("bqc,dnc->bdnq", query_embeds, part).flatten(2) for part in (weights, offset))

@@ -84,10 +84,10 @@ def randomized(config) -> SANForSemanticSegmentation:
     return model
 
 
-def segmenting_model() -> SANForSemanticSegmentation:
+def segmenting_model(**overrides) -> SANForSemanticSegmentation:
     """A model of random weights that gives more than one label to images of noise, the same on every machine."""
     torch.manual_seed(0)  # class_embedding, which stays as it starts, has one dimension
-    model = SANForSemanticSegmentation(tiny_config(recognition_token="learned", num_queries=20)).eval()
+    model = SANForSemanticSegmentation(tiny_config(recognition_token="learned", num_queries=20, **overrides)).eval()
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
