@@ -174,7 +174,7 @@ def test_large_pictures_are_shown_small(session, models, tmp_path):
 
 def test_downloads(session, models, tmp_path):
     """Catches a file that is missing, or that is another picture's."""
-    pytest.importorskip("rasterio")
+    pytest.importorskip("rasterio", reason="needs rasterio")
     ask(session, models, "house", "sky")
     files = write_downloads(session.segmentation, tmp_path / "out")
     endings = [Path(name).name.partition(".")[2] for name in files]

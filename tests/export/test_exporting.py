@@ -241,7 +241,7 @@ def test_lora_and_the_active_side_adapter(processor, vocabulary, tmp_path):
 def test_8_bits(target, kind, form, lowest, model, processor, vocabulary, images, tmp_path):
     """Catches 8 bits that aren't, that lose the labels, or whose agreement is of the images that were calibrated on."""
     skip_without(target)
-    pytest.importorskip("nncf")
+    pytest.importorskip("nncf", reason="needs nncf")
     facts = export_model(
         model, processor, tmp_path / "x", target=target, form=form, vocabulary=vocabulary, int8=kind, images=images
     )
