@@ -143,6 +143,27 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             os.close(descriptor)
 
 
+def check_replaceable(folder: Path, overwrite: bool, mark: str, kind: str) -> None:
+    """
+    Before anything is computed: whether a folder may be written where something is already.
+
+    Args:
+        folder: to write.
+        overwrite: whether it may replace one of its kind.
+        mark: a file that such a folder has.
+        kind: what it is called, with its article.
+
+    Raises:
+        FileExistsError: something is there that is not to be replaced.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise FileExistsError(f"'{folder}' exists already. Choose another folder, or allow overwriting.")
+    if not (folder / mark).is_file():
+        raise FileExistsError(f"'{folder}' isn't {kind} (no {mark}): it is not overwritten.")
+
+
 def honour_umask(folder: str | os.PathLike) -> None:
     """
     Lets those read and write a folder's files who may read and write the folder: some libraries make files that only

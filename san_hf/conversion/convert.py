@@ -10,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from san_hf.cards import load_facts, render_card
-from san_hf.files import DISK_ERRORS, new_file, new_folder, remove_leftovers
+from san_hf.files import DISK_ERRORS, check_replaceable, new_file, new_folder, remove_leftovers
 from san_hf.json_files import JSONError, read_json
 from san_hf.loading import ModelError, load_complete
 from san_hf.locks import locked
@@ -374,11 +374,6 @@ def check_output(output: Path, overwrite: bool, source: Path) -> None:
     Raises:
         FileExistsError: something is there that is not to be replaced.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"'{output}' exists already. Choose another folder, or allow overwriting.")
-    if not (output / "config.json").is_file():
-        raise FileExistsError(f"'{output}' isn't a model folder (no config.json): it is not overwritten.")
+    check_replaceable(output, overwrite, "config.json", "a model folder")
     if source.resolve().is_relative_to(output):
         raise FileExistsError(f"'{output}' holds '{source}' itself: it is not overwritten. Choose another folder.")

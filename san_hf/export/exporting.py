@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers.utils import logging as transformers_logging
 
-from san_hf.files import json_text, new_folder, write_file
+from san_hf.files import check_replaceable, json_text, new_folder, write_file
 from san_hf.hub.names import EXPORT_FILE
 from san_hf.inference.predictor import evaluation_mode
 from san_hf.inference.vocabulary import Vocabulary
@@ -133,12 +133,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     Raises:
         FileExistsError: something is there that is not to be replaced.
     """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise FileExistsError(f"'{output}' exists already. Choose another folder, or allow overwriting.")
-    if not (output / EXPORT_FILE).is_file():
-        raise FileExistsError(f"'{output}' isn't an exported folder (no {EXPORT_FILE}): it is not overwritten.")
+    check_replaceable(output, overwrite, EXPORT_FILE, "an exported folder")
 
 
 def build_form(
