@@ -43,14 +43,8 @@ demo: $(READY)
 	$(BIN)/san-hf segment san_hf/checkpoints/picture-book/sample.png --output outputs/demo --overwrite \
 		--classes "blue bird, orange house, sky, mountain, grass, water"
 
-# Training's tests have new processes: a worker that has run all others has been seen to end without a word in them.
 test: $(READY)
-ifdef ARGS
 	$(BIN)/python -m pytest -n 2 $(ARGS)
-else
-	$(BIN)/python -m pytest -n 2 --ignore tests/training
-	$(BIN)/python -m pytest -n 2 tests/training
-endif
 
 test-slow: $(READY)
 	RUN_SLOW=1 $(BIN)/python -m pytest -n 2 $(ARGS)

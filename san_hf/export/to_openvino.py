@@ -1,6 +1,7 @@
 """Export to OpenVINO."""
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,25 @@ def export(form: torch.nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[
     return exported.program if hasattr(exported, "components") else exported  # transformers < 5.23
 
 
-def quantize(folder: Path, calibration: Calibration, description: str) -> None:
-    """Replaces the graph in a folder by one of 8 bits, with another description."""
+@cache
+def get_core() -> Any:
+    """
+    The process's one `openvino.Core`.
+
+    Each core that has run something on the CPU gives the thread a stack of its own for signals, and back the one before
+    when it goes. Two that go in the order in which they came leave the thread a stack that is no longer mapped, and the
+    next signal, such as that of a child that ends, kills the process or writes into other data (OpenVINO 2026.4).
+    """
     import openvino
 
+    return openvino.Core()
+
+
+def quantize(folder: Path, calibration: Calibration, description: str) -> None:
+    """Replaces the graph in a folder by one of 8 bits, with another description."""
     # Not from the files themselves: they are mapped into memory, and replaced.
     graph, weights = ((folder / GRAPH).with_suffix(suffix).read_bytes() for suffix in (".xml", ".bin"))
-    save(calibration.quantize(openvino.Core().read_model(graph, weights)), folder, description)
+    save(calibration.quantize(get_core().read_model(graph, weights)), folder, description)
 
 
 def save(program: Any, folder: Path, description: str) -> None:
@@ -54,10 +67,8 @@ class Runner:
     """
 
     def __init__(self, folder: Path, precision: str = "f32"):
-        import openvino
-
         config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        self.model = openvino.Core().compile_model(folder / GRAPH, "CPU", config)
+        self.model = get_core().compile_model(folder / GRAPH, "CPU", config)
 
     def __call__(self, inputs: Mapping[str, np.ndarray], outputs: Iterable[str]) -> list[np.ndarray]:
         """The named outputs."""

@@ -200,9 +200,9 @@ def graph_description(target, folder):
         (entry,) = [entry for entry in onnx.load(folder / "model.onnx").metadata_props if entry.key == "san_hf"]
         return json.loads(entry.value)
     if target == "openvino":
-        import openvino
+        from san_hf.export.to_openvino import get_core
 
-        return json.loads(openvino.Core().read_model(folder / "openvino_model.xml").get_rt_info(["san_hf"]).astype(str))
+        return json.loads(get_core().read_model(folder / "openvino_model.xml").get_rt_info(["san_hf"]).astype(str))
     files = {"san_hf": ""}
     torch.export.load(folder / "model.pt2", extra_files=files)
     return json.loads(files["san_hf"])

@@ -1,5 +1,10 @@
 """Exported folders in place of a model."""
 
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +54,41 @@ def test_two_steps(exported, model, processor, images, monkeypatch):
         expected = Predictor(model, processor)(images, predictor.vocabulary(names))
         assert all((one != other).float().mean() < 0.005 for one, other in zip(got, expected))
     assert len(shapes) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's list of a process's memory")
+def test_signals_after_graphs_are_gone(exported):
+    """Catches a stack for signals that is no longer mapped, once runners have gone in the order in which they came."""
+    vision = [ExportedVision(exported("openvino", "open"), "openvino") for _ in range(2)]
+    for runner in vision:
+        runner(torch.zeros(1, 3, 64, 64))
+    del runner
+    while vision:
+        vision.pop(0)
+        gc.collect()
+        for start, size in signal_stack():
+            assert is_mapped(start, start + size)
+
+
+def signal_stack():
+    """Address and size of this thread's stack for signals, if it has one."""
+
+    class Stack(ctypes.Structure):
+        _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+    stack = Stack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    return [(stack.start, stack.size)] if stack.start else []
+
+
+def is_mapped(start, stop):
+    """Whether all of this memory can be written to; regions that touch count as one."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights = line.split()[:2]
+        first, end = (int(edge, 16) for edge in span.split("-"))
+        if first <= start < end and "w" in rights:
+            start = min(end, stop)
+    return start == stop
 
 
 def test_what_is_refused(exported, model, processor, tmp_path, monkeypatch):
