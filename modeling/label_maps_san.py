@@ -45,6 +45,11 @@ class MaskPrediction:
     width_weights: torch.Tensor
     shares: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def target_size(self) -> tuple[int, int]:
+        """(height, width) of the label map."""
+        return len(self.height_weights), len(self.width_weights)
+
     @classmethod
     def from_logits(
         cls,
@@ -86,6 +91,11 @@ class MaskPrediction:
         return replace(
             self, height_weights=self.height_weights[rows], width_weights=self.width_weights[columns], shares=shares
         )
+
+    def on_cpu(self) -> "MaskPrediction":
+        """The same, in memory of the CPU's that is shared with nothing, such as the rest of a batch."""
+        names = ("mask_logits", "probabilities", "height_weights", "width_weights")
+        return replace(self, **{name: getattr(self, name).to("cpu", copy=True) for name in names})
 
     def check(self) -> None:
         """
@@ -129,11 +139,13 @@ class LabelledPixels(NamedTuple):
             and to less where they don't or hold it for no object.
         scores: (C, H, W) float32, at least 0, if they were asked for: (`num_labels` + 1, H, W) where classes are
             summed up as "other", whose score is that of the best of them.
+        views: what all of this was computed from, for [`class_scores`].
     """
 
     labels: torch.Tensor
     confidence: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    views: tuple[MaskPrediction, ...] = ()
 
 
 class Area(NamedTuple):
@@ -180,8 +192,8 @@ def label_pixels(
             alone, so that nothing waits for an accelerator; `None` for an accelerator only. Otherwise tiles are looked
             at one by one, and few scores are computed in each. Scores that are to be returned are all computed.
     """
-    height, width = len(views[0].height_weights), len(views[0].width_weights)
-    probabilities = torch.cat([view.probabilities for view in views], dim=1)  # (C, views * Q)
+    height, width = views[0].target_size
+    probabilities = _probabilities(views)
     num_classes = len(probabilities)
     other = num_labels if num_labels is not None and num_labels < num_classes else None
     confident = return_confidence or threshold is not None
@@ -193,9 +205,8 @@ def label_pixels(
 
     if dense is None:
         dense = probabilities.device.type != "cpu"
-    shared = any(view.shares is not None for view in views)
-    dense |= return_scores or shared
-    total = 1 if shared else len(views)
+    dense |= return_scores or any(view.shares is not None for view in views)
+    total = _total(views)
     for area in _strips(views, probabilities, confident, scores) if dense else _tiles(views, probabilities, confident):
         best = area.best
         if area.best_scores is not None and area.all_scores is not None:
@@ -208,7 +219,35 @@ def label_pixels(
         if num_labels is not None:
             best = best.clamp(max=num_labels) if isinstance(best, torch.Tensor) else min(best, num_labels)
         labels[area.place] = best
-    return LabelledPixels(labels, confidence, None if scores is None else scores.div_(total))
+    return LabelledPixels(labels, confidence, None if scores is None else scores.div_(total), tuple(views))
+
+
+def class_scores(views: Sequence[MaskPrediction], labels: Sequence[int], num_labels: int | None = None) -> torch.Tensor:
+    """
+    The scores of some labels at all pixels, as confidences: a pixel's scores are divided by the sum of those of all
+    classes where it is more than 1, so that its highest one is its confidence in [`LabelledPixels`].
+
+    Args:
+        views: see [`label_pixels`]. For a rectangle of the label map, [`MaskPrediction.part`] of each.
+        labels: of which the scores are wanted: classes, and `num_labels` for "other".
+        num_labels: as for [`label_pixels`]. The score of "other" is that of the best of the later classes, and 0
+            without any.
+
+    Returns:
+        (len(labels), H, W) float32, 0..1.
+    """
+    probabilities, total = _probabilities(views), _total(views)
+    num_labels = len(probabilities) if num_labels is None else num_labels
+    groups = [probabilities[label : label + 1 if label < num_labels else None] for label in labels]
+    sizes = [*map(len, groups), 1]
+    chosen = torch.cat([*groups, probabilities.sum(0, keepdim=True)])
+    scores = probabilities.new_zeros(len(labels), *views[0].target_size)
+    for rows, masks in _strips_of_masks(views, len(chosen)):
+        *parts, all_scores = torch.bmm(chosen.expand(len(masks), -1, -1), masks).split(sizes, dim=1)
+        for label_scores, part in zip(scores, parts):
+            if part.shape[1]:
+                label_scores[rows] = part.amax(1) / all_scores[:, 0].clamp(min=total)
+    return scores.clamp_(max=1)  # beyond it by rounding only
 
 
 def _strips(
@@ -221,12 +260,34 @@ def _strips(
         views, probabilities, confident: see [`label_pixels`].
         scores: (classes, H, W) to fill with the scores, if they are wanted; the last with the best of all further ones.
     """
-    (num_classes, num_queries), device = probabilities.shape, probabilities.device
-    height, width = len(views[0].height_weights), len(views[0].width_weights)
+    num_classes, device = len(probabilities), probabilities.device
+    height, width = views[0].target_size
     probabilities, objects = probabilities[None], probabilities.sum(0)[None, None]
     best = torch.empty(height, width, dtype=torch.int64, device=device)
     best_scores = torch.empty(height, width, device=device)
     all_scores = torch.empty(height, 1, width, device=device) if confident else None
+    for rows, masks in _strips_of_masks(views, num_classes):
+        count = len(masks)
+        strip_scores = torch.bmm(probabilities.expand(count, -1, -1), masks)  # (rows, C, W)
+        torch.max(strip_scores, 1, out=(best_scores[rows], best[rows]))
+        if all_scores is not None:
+            torch.bmm(objects.expand(count, -1, -1), masks, out=all_scores[rows])
+        if scores is not None:
+            last = len(scores) - 1
+            scores[:last, rows] = strip_scores[:, :last].movedim(1, 0)
+            scores[last, rows] = strip_scores[:, last:].amax(1)
+    # A logit that isn't finite has made all scores NaN: each strip takes from all cells, if by a weight of 0.
+    best.masked_fill_(best_scores.isnan(), -1)
+    yield Area((slice(None), slice(None)), best, best_scores, None if all_scores is None else all_scores[:, 0])
+
+
+def _strips_of_masks(views: Sequence[MaskPrediction], num_classes: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """
+    The masks of all views, resized to the label map: as many of its rows at once as leave room for the scores of
+    `num_classes`, and the masks there, (rows, views * Q, W), 0..1, as each view's share.
+    """
+    height, width = views[0].target_size
+    device, num_queries = views[0].mask_logits.device, sum(len(view.mask_logits) for view in views)
     cells = [view.mask_logits.movedim(1, 0).flatten(1) for view in views]  # of each view (h, Q * w)
     width_weights = [view.width_weights.T for view in views]
     at_once = VALUES_AT_ONCE if device.type == "cpu" else VALUES_AT_ONCE_ON_ACCELERATOR
@@ -241,18 +302,17 @@ def _strips(
             if view.shares is not None:
                 masks *= view.shares[0][rows, None, None] * view.shares[1]
             strips.append(masks)
-        masks = torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
-        strip_scores = torch.bmm(probabilities.expand(count, -1, -1), masks)  # (rows, C, W)
-        torch.max(strip_scores, 1, out=(best_scores[rows], best[rows]))
-        if all_scores is not None:
-            torch.bmm(objects.expand(count, -1, -1), masks, out=all_scores[rows])
-        if scores is not None:
-            last = len(scores) - 1
-            scores[:last, rows] = strip_scores[:, :last].movedim(1, 0)
-            scores[last, rows] = strip_scores[:, last:].amax(1)
-    # A logit that isn't finite has made all scores NaN: each strip takes from all cells, if by a weight of 0.
-    best.masked_fill_(best_scores.isnan(), -1)
-    yield Area((slice(None), slice(None)), best, best_scores, None if all_scores is None else all_scores[:, 0])
+        yield rows, torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
+
+
+def _probabilities(views: Sequence[MaskPrediction]) -> torch.Tensor:
+    """(C, views * Q), of each class for the queries of all views."""
+    return torch.cat([view.probabilities for view in views], dim=1)
+
+
+def _total(views: Sequence[MaskPrediction]) -> int:
+    """What the views' shares add up to at each pixel, where those that have none count as 1."""
+    return 1 if any(view.shares is not None for view in views) else len(views)
 
 
 def _tiles(views: Sequence[MaskPrediction], probabilities: torch.Tensor, confident: bool) -> Iterator[Area]:
@@ -260,7 +320,7 @@ def _tiles(views: Sequence[MaskPrediction], probabilities: torch.Tensor, confide
     probabilities = probabilities.contiguous()
     objects = probabilities.sum(0, keepdim=True)  # (1, views * Q), of each query being an object at all
     tile_height, tile_width = TILE if len(probabilities) > FEW_CLASSES else TILE_OF_FEW_CLASSES
-    height, width = len(views[0].height_weights), len(views[0].width_weights)
+    height, width = views[0].target_size
     row_weights = [_split_weights(view.height_weights, tile_height) for view in views]
     column_weights = [_split_weights(view.width_weights, tile_width) for view in views]
     windows = [_windows([cells for cells, _ in weights]) for weights in column_weights]

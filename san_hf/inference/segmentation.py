@@ -13,6 +13,7 @@ from PIL import Image
 
 from san_hf.colors import OTHER_COLOR, Color, name_colors
 from san_hf.inference import exchange
+from san_hf.inference.scores import compute_scores, compute_scores_at
 from san_hf.inference.writers import DEFAULT_FORMATS, write_formats
 from san_hf.visualization import colorize, count_labels, draw_overlay
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import shapely
     import supervision
 
+    from san_hf.modeling.label_maps_san import MaskPrediction
+
 # The longer side of what a notebook shows.
 NOTEBOOK_SIZE = 1024
 
@@ -30,7 +33,7 @@ NOTEBOOK_SIZE = 1024
 class Segmentation:
     """
     A segmented image; as the value of a notebook's cell it shows its overlay. Two are equal if their images, label
-    maps, class names, colours and confidences are.
+    maps, class names, colours and confidences are, whether or not they have the predictions that scores need.
 
     Attributes:
         image: the image, upright, 8-bit RGB.
@@ -40,6 +43,8 @@ class Segmentation:
             its threshold.
         given_colors: colours by name, for classes that are to have their own: see [`san_hf.colors.name_colors`].
         confidence: (H, W) float32, 0..1, of each pixel, if it was asked for: see [`Predictor.classify_pixels`].
+        predictions: what `scores` are computed from, for each view of the image, if a confidence was asked for: masks
+            at the model's size and classes of queries, a ViT-B/16's 2 MB for a photograph; none of windows.
     """
 
     image: Image.Image
@@ -48,6 +53,7 @@ class Segmentation:
     expanded: bool = False
     given_colors: Mapping[str, Color] = field(default_factory=dict)
     confidence: np.ndarray | None = None
+    predictions: "Sequence[MaskPrediction]" = ()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Segmentation):
@@ -124,6 +130,39 @@ class Segmentation:
     def masks(self) -> dict[str, np.ndarray]:
         """The pixels of each class that is present, by its name: (H, W) boolean. "other" is none of them."""
         return {self.class_names[label]: self.label_map == label for label in exchange.labels_present(self)}
+
+    def scores(
+        self, classes: str | int | Sequence[str | int], box: tuple[int, int, int, int] | None = None
+    ) -> np.ndarray:
+        """
+        How sure the model is of some classes at each pixel, computed when asked for. A class's score is a confidence:
+        the highest one of a pixel is its `confidence`, and all of them, those of the expansion included, add up to 1
+        where the model's queries cover the pixel fully, and to less elsewhere: see [`Predictor.classify_pixels`].
+        The label is the class of the highest score, unless it is below the vocabulary's threshold.
+
+        The score of "other" is that of the best class of the expansion; without one, as there is a threshold only, 0.
+
+        Args:
+            classes: a name or label, or several. All at once take 4 * C * H * W bytes.
+            box: (left, top, right, bottom) in pixels, right and bottom not included, for the scores in a part of the
+                image; by default in all of it.
+
+        Returns:
+            Of one class (H, W) float32, 0..1, of several (n, H, W); of a box, as high and wide as it is.
+
+        Raises:
+            ValueError: no such class or box; or scores weren't kept, see `predictions`.
+        """
+        return compute_scores(self, classes, box)
+
+    def scores_at(self, x: int, y: int) -> dict[str, float]:
+        """
+        The scores of all classes at one pixel by their names, the highest first: see [`Segmentation.scores`].
+
+        Raises:
+            ValueError: a pixel outside the image; or scores weren't kept, see `predictions`.
+        """
+        return compute_scores_at(self, x, y)
 
     def polygons(self, tolerance: float = 0.0) -> "dict[str, shapely.MultiPolygon]":
         """

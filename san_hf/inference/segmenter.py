@@ -56,7 +56,8 @@ class Segmenter:
         colors: colours by class name, such as {"sky": "#87ceeb"}, for classes that are to have their own; other names
             in it are ignored, so that one mapping serves many vocabularies. They come before the vocabulary's own. See
             [`san_hf.colors.name_colors`].
-        confidence: whether segmentations are to have the `confidence` of each pixel.
+        confidence: whether segmentations are to have the `confidence` of each pixel, and, unless in windows, the
+            `scores` of classes.
         tile: side of the windows, in pixels, that larger images are segmented in, each at the processor's size: for
             satellite and microscope images, whose objects would vanish in the whole image made small. By default every
             image is one.
@@ -232,7 +233,8 @@ def as_segmentation(
 
     Args:
         image: upright, 8-bit RGB.
-        pixels: its labels and, if it was asked for, confidence: see [`Predictor.classify_pixels`].
+        pixels: its labels and, if it was asked for, confidence: see [`Predictor.classify_pixels`]. With a confidence,
+            what the scores of classes are computed from is kept, on the CPU.
         vocabulary: whose labels they are.
         colors: by class name; they come before the vocabulary's own.
     """
@@ -244,4 +246,5 @@ def as_segmentation(
         vocabulary.has_other,
         {**vocabulary.colors, **colors},
         None if pixels.confidence is None else pixels.confidence.cpu().numpy(),
+        () if pixels.confidence is None else tuple(view.on_cpu() for view in pixels.views),
     )

@@ -1,6 +1,7 @@
 """The label map of an image: exact, with little work on a processor and without waiting on an accelerator."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from san_hf.modeling.label_maps_san import MaskPrediction, label_pixels
+from san_hf.modeling.label_maps_san import MaskPrediction, class_scores, label_pixels
 
 
 SIZES = [(36, 52), (67, 90), (200, 131), (45, 1)]
@@ -103,6 +104,43 @@ def test_both_ways_agree_on_all_options(options):
         expected = torch.cat((expected[:20], expected[20:].amax(0, keepdim=True)))
     torch.testing.assert_close(scored.scores, expected, rtol=1e-4, atol=1e-6)
     assert len(tiles.labels.unique()) > 3
+
+
+@pytest.mark.parametrize("num_labels", [None, 20])
+@pytest.mark.parametrize("shared", [False, True])
+def test_scores_of_classes(shared, num_labels, monkeypatch):
+    """Views of different grids, alike or by shares, in strips of a few rows: catches scores that aren't normalised as
+    the confidence is, an "other" that is a sum or one class, and a part of the label map from elsewhere in it."""
+    monkeypatch.setattr("san_hf.modeling.label_maps_san.VALUES_AT_ONCE", 2**16)
+    views = [
+        prediction_of("regions", 60, (90, 120)),
+        prediction_of("regions", 60, (90, 120), image=(320, 427), mirrored=True, grid=(20, 27), seed=1),
+    ]
+    expected = scores_of(views)
+    if shared:
+        shares = torch.full((90,), 1.0), torch.linspace(0, 1, 120)
+        views = [replace(view, shares=(shares[0], share)) for view, share in zip(views, (shares[1], 1 - shares[1]))]
+        expected = scores_of(views[:1]) * shares[1] + scores_of(views[1:]) * (1 - shares[1])
+    expected = expected / expected.sum(0).clamp(min=1)
+    if num_labels is not None:
+        expected = torch.cat((expected[:num_labels], expected[num_labels:].amax(0, keepdim=True)))
+    got = class_scores(views, range(len(expected)), num_labels)
+    torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-6)
+    pixels = label_pixels(views, num_labels)
+    torch.testing.assert_close(got.amax(0), pixels.confidence, rtol=1e-5, atol=1e-6)
+    some, rows, columns = [len(expected) - 1, 3], slice(40, 71), slice(100, 101)
+    parts = [
+        view.part(rows, columns, (view.shares[0][rows], view.shares[1][columns]) if shared else None) for view in views
+    ]
+    torch.testing.assert_close(class_scores(parts, some, num_labels), got[some][:, rows, columns])
+
+
+def test_scores_are_not_all_at_once():
+    """Catches the scores of all 300 classes at all pixels, for which one class is computed."""
+    view = prediction_of("regions", 300, (900, 1200), image=(640, 853))
+    with torch.no_grad(), Operators() as operators:
+        class_scores([view], [7, 250], num_labels=250)
+    assert operators.largest <= 2**22  # values; all scores are 300 * 900 * 1200, all masks 40 * 900 * 1200
 
 
 @pytest.mark.parametrize("dense", [False, True])
