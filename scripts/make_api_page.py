@@ -63,9 +63,8 @@ def render() -> str:
     """The page, Markdown."""
     parts = [
         "# Public names\n\nEvery name of a package's `__all__`, with the first lines of its docstring. Written by "
-        "`python scripts/make_api_page.py`; a test compares it with the code. Pages: [data](data/README.md), "
-        "[training](training/README.md), [exporting](export/README.md), [evaluation](evaluation/README.md), "
-        "[names of the original](conversion/README.md), [the picture book](picture_book/README.md)."
+        "`python scripts/make_api_page.py`; a test compares it with the code. All pages: the table in "
+        "[README.md](../README.md)."
     ]
     for package in PACKAGES:
         module = importlib.import_module(package)

@@ -66,11 +66,11 @@ def test_rows_take_the_place_of_older_ones(benchmark, tmp_path):
     assert [(each["classes"], each["ours_s"]) for each in json.loads(file.read_text())] == [(1, 5), (2, 1)]
 
 
-def test_readme_has_the_table_as_committed(benchmark):
+def test_the_page_has_the_table_as_committed(benchmark):
     """Catches a table that is not what was measured, and rows of another form."""
     rows = json.loads(benchmark.COMMITTED.read_text(encoding="utf-8"))
     assert rows and all(tuple(row) == benchmark.KEYS and row["agrees"] for row in rows)
-    page = benchmark.README.read_text(encoding="utf-8")
+    page = benchmark.PAGE.read_text(encoding="utf-8")
     assert page.split(benchmark.BLOCK[0])[1].split(benchmark.BLOCK[1])[0] == benchmark.table(rows)
 
 

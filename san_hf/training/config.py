@@ -214,7 +214,7 @@ class CheckpointSection(Section):
     adapter_only: bool = Field(
         False,
         description="Leave CLIP, which isn't trained, out of `final/`, `best/` and the checkpoints: for B/16, 33 "
-        "instead of 602 MB. Needs `model.freeze_clip`.",
+        "instead of 631 MB. Needs `model.freeze_clip`.",
     )
 
 

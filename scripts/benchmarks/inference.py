@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/inference.py --model b16 --what all --json results.json
     python scripts/benchmarks/inference.py --model b16 l14 --what image post --classes 20 171 --dtype bfloat16
-    python scripts/benchmarks/inference.py --readme        # measures nothing: the committed rows into README.md
+    python scripts/benchmarks/inference.py --page          # measures nothing: the committed rows into the page
 
 Each row alternates, in one process, ours with `plain.py`, which stands for what the original costs; checks that both
 give the same; and prints the median of each, the ratio, and the peak memory of a process of its own that does only
@@ -50,9 +50,9 @@ from san_hf.vocabularies import load_vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = Path(__file__).with_suffix(".json")
-README = ROOT / "README.md"
-# Around the table in README.md
-BLOCK = ("<!-- scripts/benchmarks/inference.json, as inference.py --readme writes it -->\n", "<!-- end -->\n")
+PAGE = ROOT / "san_hf" / "inference" / "SPEED.md"
+# Around the table on the page
+BLOCK = ("<!-- scripts/benchmarks/inference.json, as inference.py --page writes it -->\n", "<!-- end -->\n")
 KEYS = ("model", "what", "classes", "dtype", "runtime", "ours_s", "plain_s", "ratio", "peak_bytes", "agrees")
 
 
@@ -72,7 +72,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for a busy machine; with --threads 1")
     parser.add_argument("--no-peak", dest="peak", action="store_false", help="without peak memory: less to wait for")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to add the rows, in place of older ones")
-    parser.add_argument("--readme", action="store_true", help="measure nothing: write the committed table to README.md")
+    parser.add_argument("--page", action="store_true", help="measure nothing: write the table to its page")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)  # ours, once, in this process
     options = parser.parse_args(argv)
     for name in ("threads", "images", "repeats", *(["classes"] if options.classes else [])):
@@ -229,18 +229,18 @@ def add_rows(path: Path, measured: list[dict[str, Any]]) -> None:
     write_file(path, f"[\n{lines}\n]\n".encode())
 
 
-def write_readme() -> None:
-    page = README.read_text(encoding="utf-8")
+def write_page() -> None:
+    page = PAGE.read_text(encoding="utf-8")
     before, rest = page.split(BLOCK[0])
     after = rest.split(BLOCK[1], 1)[1]
     committed = json.loads(COMMITTED.read_text(encoding="utf-8"))
-    write_file(README, (before + BLOCK[0] + table(committed) + BLOCK[1] + after).encode())
+    write_file(PAGE, (before + BLOCK[0] + table(committed) + BLOCK[1] + after).encode())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_arguments(argv)
-    if options.readme:
-        return write_readme()
+    if options.page:
+        return write_page()
     torch.set_num_threads(options.threads)
     with ExitStack() as stack:
         options.scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

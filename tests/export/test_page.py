@@ -24,7 +24,7 @@ SAMPLE = ROOT / "san_hf" / "checkpoints" / "picture-book" / "sample.png"
 
 def test_every_block_says_how_it_is_tested():
     """Catches code that is added to the page and never run."""
-    assert {mark for mark, _, _ in blocks(PAGE)} == {"run", "script"}
+    assert {mark for mark, _, _ in blocks(PAGE)} == {"run", "script", "install"}
 
 
 @pytest.mark.slow
