@@ -143,6 +143,42 @@ def new_folder(path: str | os.PathLike) -> Iterator[Path]:
             os.close(descriptor)
 
 
+@contextmanager
+def new_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """
+    A folder to write several files to, by libraries that take paths, which take their places in `folder` when the block
+    ends well: each whole, one after the other. It vanishes then, and so do its hidden files, which begin with a dot.
+
+    Args:
+        folder: for the files; those that exist are replaced. It and the folders above are made if need be.
+
+    Yields:
+        The temporary folder, empty, in `folder`.
+
+    Raises:
+        OSError: a file can't be written. What was there before is unchanged.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary, descriptor = _create_folder(folder / "files")
+    try:
+        yield temporary
+        files = sorted(file for file in temporary.iterdir() if not file.name.startswith("."))
+        for file in files:
+            _sync(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+        _sync(folder)
+    except BaseException as error:
+        if disk_error := _disk_error(error, folder):
+            raise disk_error from error
+        raise
+    finally:
+        _remove(temporary)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def check_replaceable(folder: Path, overwrite: bool, mark: str, kind: str) -> None:
     """
     Before anything is computed: whether a folder may be written where something is already.

@@ -83,7 +83,7 @@ def pixel_limit() -> Iterator[None]:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ImageError(
             f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's limit against files made to fill the "
-            "memory: scale it down first"
+            "memory: scale it down first, or make a tiled TIFF of it, which --tile reads in windows"
         ) from error
 
 

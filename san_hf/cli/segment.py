@@ -32,14 +32,17 @@ from san_hf.cli.options import (
 from san_hf.cli.processes import add_up, join_processes, leave_processes, on_main_process, part_of_process
 from san_hf.cli.segment_journal import Journal, model_facts, parse_shard
 from san_hf.cli.segment_options import (
+    BandsOption,
     ClassesFileOption,
     ClassesOption,
     OtherOption,
     OverlapOption,
+    RangeOption,
     RuntimeOption,
     SaveVocabularyOption,
     ShardOption,
     TileOption,
+    raster_of_options,
 )
 from san_hf.cli.vocabulary_options import (
     class_facts,
@@ -60,7 +63,6 @@ if TYPE_CHECKING:
     from concurrent.futures import Future
 
     from san_hf.inference import Segmentation, Segmenter
-    from san_hf.inference.segmenter import LoadedImage
 
 # What an image, a model's outputs or a disk may cause; other errors are ours.
 EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
@@ -98,7 +100,8 @@ def segment(
             help="What to write; may be repeated. overlay: the image, tinted, with names and a legend. mask: the "
             "regions in plain colours. json: names, shares of pixels and colours. png-labels: one number per pixel, "
             "and the json that explains them; npy: the same for NumPy. confidence: how sure each pixel's name is, "
-            "16-bit grey, 65535 for 1. coco: run-length codes. geojson: polygons.",
+            "16-bit grey, 65535 for 1. coco: run-length codes. geojson: polygons. geotiff: one number per pixel, with "
+            "its colours and its place on the map.",
         ),
     ] = [Format.overlay],  # type: ignore[attr-defined]  # noqa: B006  # dynamic
     overwrite: OverwriteOption = False,
@@ -113,6 +116,8 @@ def segment(
     shard: ShardOption = None,
     tile: TileOption = None,
     overlap: OverlapOption = None,
+    bands: BandsOption = None,
+    value_range: RangeOption = None,
     templates: TemplatesOption = None,
     save_vocabulary: SaveVocabularyOption = None,
     device: DeviceOption = "auto",
@@ -153,8 +158,11 @@ def segment(
         "tile": tile,
         "overlap": overlap,
     }
+    raster = raster_of_options(bands, value_range)
     settings = {"the model": model_facts(expand_path(model)), "the class names": class_facts(class_names), **options}
     settings |= {"the formats": sorted(wanted), "the dtype": dtype.value, "the colours": given_colors}
+    if raster is not None:
+        options["raster"], settings["the raster"] = raster, [bands, value_range]
     if runtime is not None:
         options["runtime"] = settings["the runtime"] = runtime.value
     journal = Journal(output, part, settings)
@@ -239,11 +247,17 @@ def segmented_and_saved(
     Yields:
         Image, stem, segmentation and files, in order; of what went wrong, the error in the segmentation's place.
     """
+    from san_hf.inference.large import SegmentedFile
+    from san_hf.inference.segmenter import LoadedImage
 
-    def segment(loaded: "Iterable[tuple[tuple[Path, Path], Future[LoadedImage]]]") -> Iterator[tuple[Path, Path, Any]]:
+    def segment(loaded: "Iterable[tuple[tuple[Path, Path], Future[Any]]]") -> Iterator[tuple[Path, Path, Any]]:
         for (path, stem), future in loaded:
             try:
-                yield path, stem, segmenter(future.result())
+                image = future.result()
+                if isinstance(image, LoadedImage):
+                    yield path, stem, segmenter(image)
+                else:  # too large for memory, and written while it is segmented
+                    yield path, stem, segmenter.segment_file(image, stem, formats, image=printable(path), model=model)
             except EXPECTED_ERRORS as error:
                 yield path, stem, error
 
@@ -251,6 +265,8 @@ def segmented_and_saved(
         path, stem, segmentation = segmented
         if isinstance(segmentation, Exception):
             return []
+        if isinstance(segmentation, SegmentedFile):
+            return segmentation.files
         return segmentation.save(stem, formats, image=printable(path), model=model)
 
     loaded = run_ahead(lambda job: segmenter.load(job[0]), jobs, 1)

@@ -2,9 +2,13 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+
+if TYPE_CHECKING:
+    from san_hf.rasters import RasterOptions
 
 
 class Runtime(str, Enum):
@@ -65,6 +69,25 @@ OverlapOption = Annotated[
         help="What windows of --tile have in common, where their scores are blended; an eighth of SIZE by default.",
     ),
 ]
+BandsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="R,G,B",
+        show_default=False,
+        help="Which bands of a satellite image are red, green and blue, by their numbers from 1, such as 4,3,2; or "
+        "one, as grey. By default what the file says.",
+    ),
+]
+RangeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--range",
+        metavar="LOW,HIGH",
+        show_default=False,
+        help="Which values of a satellite or microscope image are black and white, such as 0,3000; by default all that "
+        "an 8-bit or 16-bit image can have.",
+    ),
+]
 RuntimeOption = Annotated[
     Runtime | None,
     typer.Option(
@@ -81,3 +104,25 @@ SaveVocabularyOption = Annotated[
         ".safetensors, for --classes of later runs of this model.",
     ),
 ]
+
+
+def raster_of_options(bands: str | None, value_range: str | None) -> "RasterOptions | None":
+    """
+    What --bands and --range say, if anything.
+
+    Raises:
+        ValueError: no numbers, or no such bands or range.
+    """
+    if bands is None and value_range is None:
+        return None
+    from san_hf.rasters import RasterOptions
+
+    try:
+        numbers = None if bands is None else [int(number) for number in bands.split(",")]
+    except ValueError:
+        raise ValueError(f"Got --bands {bands!r:.40}, expected whole numbers, such as 4,3,2.") from None
+    try:
+        limits = None if value_range is None else tuple(float(number) for number in value_range.split(","))
+    except ValueError:
+        raise ValueError(f"Got --range {value_range!r:.40}, expected two numbers, such as 0,3000.") from None
+    return RasterOptions(numbers, limits)  # type: ignore[arg-type]  # which checks how many

@@ -4,20 +4,25 @@ Coordinates are those of Pillow and COCO: x to the right and y down, in pixels, 
 mask of the whole image is the rectangle from (0, 0) to (width, height). Pixels that are "other" belong to no class.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from san_hf.extras import import_extra
+from san_hf.rasters import Georeference
 
 
 if TYPE_CHECKING:
     import pandas
+    import rasterio
     import shapely
     import supervision
 
     from san_hf.inference.segmentation import Segmentation
+
+# Pixels, between corners of outlines that are moved to another map.
+_LONGEST_EDGE = 100
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -41,19 +46,39 @@ def trace_polygons(segmentation: "Segmentation", tolerance: float = 0.0) -> "dic
         ValueError: a negative tolerance.
         MissingPackageError: without rasterio and shapely.
     """
+    shapes = trace_labels(segmentation.label_map, labels_present(segmentation), tolerance)
+    return {segmentation.class_names[label]: shape for label, shape in shapes.items()}
+
+
+def trace_labels(
+    label_map: "np.ndarray | rasterio.Band", labels: Sequence[int], tolerance: float = 0.0
+) -> "dict[int, shapely.MultiPolygon]":
+    """
+    The regions of labels, in pixels. Memory grows with their outlines; a map in a file is read line by line.
+
+    Args:
+        label_map: (H, W) uint8 or uint16; or a band of a raster file.
+        labels: that are looked for.
+        tolerance: see [`Segmentation.polygons`].
+
+    Raises:
+        ValueError: a negative tolerance.
+        MissingPackageError: without rasterio and shapely.
+    """
     if not tolerance >= 0:
         raise ValueError(f"Got tolerance={tolerance}, expected pixels, at least 0.")
     features = import_extra("rasterio.features", "polygons", "Tracing polygons")
+    rasterio = import_extra("rasterio", "polygons", "Tracing polygons")
     shapely = import_extra("shapely", "polygons", "Tracing polygons")
-    regions: dict[int, list[Any]] = {label: [] for label in labels_present(segmentation)}
-    # Regions whose pixels share edges: where corners alone touch, rings would cross themselves.
-    for outline, label in features.shapes(segmentation.label_map, connectivity=4):
+    regions: dict[int, list[Any]] = {label: [] for label in labels}
+    # In pixels, wherever a file lies on a map. Regions whose pixels share edges: where corners alone touch, rings would
+    # cross themselves.
+    for outline, label in features.shapes(label_map, connectivity=4, transform=rasterio.Affine.identity()):
         if int(label) in regions:
             region = shapely.make_valid(shapely.geometry.shape(outline))
             regions[int(label)].append(shapely.simplify(region, tolerance) if tolerance else region)
-    names = segmentation.class_names
     return {
-        names[label]: shapely.MultiPolygon([part for region in found for part in _polygons_of(region)])
+        label: shapely.MultiPolygon([part for region in found for part in _polygons_of(region)])
         for label, found in regions.items()
     }
 
@@ -103,24 +128,64 @@ def to_geojson(
     crs: str | None = None,
 ) -> dict[str, Any]:
     """See [`Segmentation.to_geojson`]."""
+    shapes = trace_labels(segmentation.label_map, labels_present(segmentation), tolerance)
+    entries = {
+        entry["label"]: entry | _score(segmentation, segmentation.label_map == entry["label"])
+        for entry in _classes(segmentation)
+        if entry["pixels"]
+    }
+    return geojson_of(shapes, entries, segmentation.georeference, transform, crs)
+
+
+def geojson_of(
+    shapes: "Mapping[int, shapely.MultiPolygon]",
+    properties: Mapping[int, Mapping[str, Any]],
+    georeference: Georeference | None = None,
+    transform: Sequence[float] | None = None,
+    crs: str | None = None,
+) -> dict[str, Any]:
+    """
+    A GeoJSON collection of shapes in pixels.
+
+    Args:
+        shapes, properties: by label; there is a feature for each of `properties`.
+        georeference, transform, crs: see [`Segmentation.to_geojson`].
+    """
     if transform is not None and len(transform) != 6:
         raise ValueError(f"Got a transform of {len(transform)} numbers, expected 6: x = a column + b row + c, then y.")
     shapely = import_extra("shapely", "polygons", "GeoJSON")
     import_extra("shapely.affinity", "polygons", "GeoJSON")
-    shapes = trace_polygons(segmentation, tolerance)
+    to_degrees = None
+    if transform is None and crs is None and georeference is not None:
+        transform, to_degrees = georeference.transform, georeference.crs
     features = []
-    for entry in _classes(segmentation):
-        if (shape := shapes.get(entry["name"])) is None:
-            continue
+    for label, entries in properties.items():
+        shape = shapes[label]
+        if to_degrees is not None:
+            # A straight line on one map is none on another: what is long gets corners in between.
+            shape = shapely.segmentize(shape, _LONGEST_EDGE)
         if transform is not None:
             a, b, c, d, e, f = transform
             shape = shapely.affinity.affine_transform(shape, [a, b, d, e, c, f])
+        if to_degrees is not None:
+            shape = _in_degrees(shape, to_degrees)
         # Outer rings counterclockwise, as RFC 7946 wants it.
         shape = shapely.MultiPolygon([shapely.geometry.polygon.orient(polygon) for polygon in shape.geoms])
-        properties = entry | _score(segmentation, segmentation.label_map == entry["label"])
-        features.append({"type": "Feature", "properties": properties, "geometry": shapely.geometry.mapping(shape)})
+        features.append({"type": "Feature", "properties": dict(entries), "geometry": shapely.geometry.mapping(shape)})
     reference = {} if crs is None else {"crs": {"type": "name", "properties": {"name": crs}}}
     return {"type": "FeatureCollection", **reference, "features": features}
+
+
+def _in_degrees(shape: "shapely.MultiPolygon", crs: str) -> "shapely.MultiPolygon":
+    """A shape of a map in longitude and latitude of WGS 84."""
+    import shapely
+    from rasterio.warp import transform
+
+    def convert(points: np.ndarray) -> np.ndarray:
+        longitudes, latitudes = transform(crs, "EPSG:4326", *points.T)
+        return np.stack([longitudes, latitudes], axis=-1)
+
+    return shapely.transform(shape, convert)
 
 
 def to_supervision(segmentation: "Segmentation") -> "supervision.Detections":

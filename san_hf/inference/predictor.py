@@ -20,6 +20,7 @@ from san_hf.inference.windows import Side, Windows, blend_part, cells_of
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling.fast_linear_san import fast_linear
 from san_hf.modeling.label_maps_san import LabelledPixels, MaskPrediction, label_pixels
+from san_hf.rasters import Raster
 from san_hf.vocabularies.files import is_vocabulary_file
 
 
@@ -244,10 +245,9 @@ class Predictor:
             prediction.check()
         return labelled
 
-    @torch.inference_mode()
     def label_windows(
         self,
-        image: Image.Image,
+        image: Image.Image | Raster,
         windows: Windows,
         vocabulary: Vocabulary | None = None,
         return_confidence: bool = False,
@@ -256,14 +256,11 @@ class Predictor:
     ) -> LabelledPixels:
         """
         A large image in windows that go through the model one by one, each at the processor's size. Where they overlap,
-        their scores are blended before a class is chosen, so that no seam shows. At any time what is encoded of two
-        rows of windows is held.
+        their scores are blended before a class is chosen, so that no seam shows.
 
         Args:
-            image: upright, 8-bit RGB.
-            windows: their size and overlap, in pixels of the image.
+            image, windows, batch_size: see [`Predictor.label_strips`].
             vocabulary, return_confidence, dtype: see [`Predictor.classify_pixels`].
-            batch_size: windows that go through the model together.
 
         Returns:
             As [`Predictor.classify_pixels`] of one image, on the CPU.
@@ -271,19 +268,48 @@ class Predictor:
         Raises:
             ValueError: test-time augmentation, or as [`Predictor.classify`].
         """
+        labels = torch.empty(image.height, image.width, dtype=dtype)
+        confidence = torch.empty(image.height, image.width) if return_confidence else None
+        strips = self.label_strips(image, windows, vocabulary, return_confidence, dtype, batch_size)
+        for rows, pixels in strips:
+            labels[rows] = pixels.labels
+            if confidence is not None and pixels.confidence is not None:
+                confidence[rows] = pixels.confidence
+        return LabelledPixels(labels, confidence)
+
+    @torch.inference_mode()
+    def label_strips(
+        self,
+        image: Image.Image | Raster,
+        windows: Windows,
+        vocabulary: Vocabulary | None = None,
+        return_confidence: bool = False,
+        dtype: torch.dtype = torch.int64,
+        batch_size: int = 1,
+    ) -> Iterator[tuple[slice, LabelledPixels]]:
+        """
+        As [`Predictor.label_windows`], strip by strip, for images of any height: what is encoded of two rows of windows
+        is held at any time, and one strip.
+
+        Args:
+            image: upright, 8-bit RGB; or a raster, of which a row of windows is read at a time, each once.
+            windows: their size and overlap, in pixels of the image.
+            vocabulary, return_confidence, dtype: see [`Predictor.classify_pixels`].
+            batch_size: windows that go through the model together.
+
+        Yields:
+            From the top, rows of the image and their pixels, on the CPU.
+        """
         if self.augment:
             raise ValueError("Windows and test-time augmentation don't go together: expected augment=False.")
         vocabulary = self.vocabulary() if vocabulary is None else vocabulary
         classifier = self.model.build_classifier(class_embeds=vocabulary.class_embeds)
         rows, columns = windows.along(image.height), windows.along(image.width)
-        labels = torch.empty(image.height, image.width, dtype=dtype)
-        confidence = torch.empty(image.height, image.width) if return_confidence else None
 
         def predict_row(row: Side) -> list[MaskPrediction]:
             boxes = [(side.place.start, row.place.start, side.place.stop, row.place.stop) for side in columns]
-            crops = [image.crop(box) for box in boxes]
-            batches = [crops[first : first + batch_size] for first in range(0, len(crops), batch_size)]
-            encoded = [window for batch in batches for window in self.encode(batch)]
+            batches = [boxes[first : first + batch_size] for first in range(0, len(boxes), batch_size)]
+            encoded = [window for batch in batches for window in self.encode([image.crop(box) for box in batch])]
             return [
                 prediction for window in encoded for prediction in self._predict_masks(window, vocabulary, classifier)
             ]
@@ -291,6 +317,9 @@ class Predictor:
         held: dict[int, list[MaskPrediction]] = {}
         for row_cell in cells_of(rows):
             held = {number: held.get(number) or predict_row(rows[number]) for number in row_cell.windows}
+            height = row_cell.place.stop - row_cell.place.start
+            labels = torch.empty(height, image.width, dtype=dtype)
+            confidence = torch.empty(height, image.width) if return_confidence else None
             for column_cell in cells_of(columns):
                 views = [
                     blend_part(predictions[number], rows[row_number], row_cell, columns[number], column_cell)
@@ -304,14 +333,13 @@ class Predictor:
                     return_confidence=return_confidence,
                     dtype=dtype,
                 )
-                place = row_cell.place, column_cell.place
-                labels[place] = pixels.labels.cpu()
+                labels[:, column_cell.place] = pixels.labels.cpu()
                 if confidence is not None and pixels.confidence is not None:
-                    confidence[place] = pixels.confidence.cpu()
+                    confidence[:, column_cell.place] = pixels.confidence.cpu()
             if self.model.device.type != "cpu":
                 for prediction in chain.from_iterable(held.values()):
                     prediction.check()
-        return LabelledPixels(labels, confidence)
+            yield row_cell.place, LabelledPixels(labels, confidence)
 
     def _predict_masks(
         self, image: EncodedImage, vocabulary: Vocabulary, classifier: torch.Tensor

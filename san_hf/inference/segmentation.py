@@ -15,7 +15,8 @@ from san_hf.colors import OTHER_COLOR, Color, name_colors
 from san_hf.inference import exchange
 from san_hf.inference.scores import compute_scores, compute_scores_at
 from san_hf.inference.writers import DEFAULT_FORMATS, write_formats
-from san_hf.visualization import colorize, count_labels, draw_overlay
+from san_hf.rasters import Georeference
+from san_hf.visualization import UNLABELLED_COLOR, colorize, count_labels, draw_overlay
 
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ class Segmentation:
 
     Attributes:
         image: the image, upright, 8-bit RGB.
-        label_map: (H, W) uint8, or uint16 beyond 256 labels, of the image's size; indices of `class_names`.
+        label_map: (H, W) uint8, or uint16 beyond 256 labels, of the image's size; indices of `class_names`. Where a map
+            has no data, the highest value of the type, 255 or 65535, which is no class's.
         class_names: the caller's, in the caller's order; "other" is the last if there is one.
         expanded: whether the last label is "other": all classes that the vocabulary was expanded by, and pixels below
             its threshold.
@@ -45,6 +47,7 @@ class Segmentation:
         confidence: (H, W) float32, 0..1, of each pixel, if it was asked for: see [`Predictor.classify_pixels`].
         predictions: what `scores` are computed from, for each view of the image, if a confidence was asked for: masks
             at the model's size and classes of queries, a ViT-B/16's 2 MB for a photograph; none of windows.
+        georeference: where the image lies on a map, if its file says so.
     """
 
     image: Image.Image
@@ -54,6 +57,7 @@ class Segmentation:
     given_colors: Mapping[str, Color] = field(default_factory=dict)
     confidence: np.ndarray | None = None
     predictions: "Sequence[MaskPrediction]" = ()
+    georeference: Georeference | None = None
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Segmentation):
@@ -64,6 +68,7 @@ class Segmentation:
             and np.array_equal(self.label_map, other.label_map)
             and np.array_equal(self.colors, other.colors)
             and _equal(self.confidence, other.confidence)
+            and self.georeference == other.georeference
             and self.image.mode == other.image.mode
             and np.array_equal(np.asarray(self.image), np.asarray(other.image))
         )
@@ -98,34 +103,30 @@ class Segmentation:
     @cached_property
     def colors(self) -> np.ndarray:
         """Colour of each label, (C, 3) uint8 RGB: by its name, see [`san_hf.colors.name_colors`]; grey for "other"."""
-        other = {self.class_names[-1]: OTHER_COLOR} if self.expanded else {}
-        return name_colors(self.class_names, {**other, **self.given_colors})
+        return colors_of(self.class_names, self.expanded, self.given_colors)
 
     @cached_property
     def pixels(self) -> np.ndarray:
         """Number of pixels of each label, (C,) int64."""
-        return count_labels(self.label_map, len(self.class_names))
+        count = len(self.class_names)
+        return count_labels(self.label_map, max(count, int(self.label_map.max(initial=0)) + 1))[:count]
 
     def legend(self) -> list[dict[str, Any]]:
-        """Every class in label order: its label, name, number and share (0..1) of pixels, and colour ("#rrggbb")."""
-        return [
-            {
-                "label": label,
-                "name": name,
-                "pixels": int(count),
-                "share": float(count / self.label_map.size),
-                "color": "#{:02x}{:02x}{:02x}".format(*color),
-            }
-            for label, (name, count, color) in enumerate(zip(self.class_names, self.pixels, self.colors))
-        ]
+        """
+        Every class in label order: its label, name, number and share (0..1) of the pixels that have data, and colour
+        ("#rrggbb").
+        """
+        return legend_of(self.class_names, self.pixels, self.colors)
 
     def overlay(self) -> Image.Image:
         """The image under its label map, with names and a legend: see [`draw_overlay`]."""
-        return draw_overlay(self.image, self.label_map, self.class_names, self.colors)
+        label_map, colors = self._drawn()
+        names = [*self.class_names, *["no data"] * (len(colors) - len(self.class_names))]
+        return draw_overlay(self.image, label_map, names, colors)
 
     def mask(self) -> Image.Image:
         """The label map in colours, of the image's size."""
-        return colorize(self.label_map, self.colors)
+        return colorize(*self._drawn())
 
     def masks(self) -> dict[str, np.ndarray]:
         """The pixels of each class that is present, by its name: (H, W) boolean. "other" is none of them."""
@@ -207,10 +208,14 @@ class Segmentation:
         A GeoJSON collection: for each class that is present a feature, a MultiPolygon with the legend's entries as
         properties. Needs the extra `polygons`.
 
+        Of an image that has a `georeference`, the coordinates are longitude and latitude of WGS 84, as RFC 7946 wants
+        them; where its system isn't known, that system's; of others, pixels.
+
         Args:
             tolerance: see [`Segmentation.polygons`].
-            transform: (a, b, c, d, e, f), what makes coordinates of a map out of pixels: x = a column + b row + c and
-                y = d column + e row + f, as rasterio's `dataset.transform[:6]`. By default they are pixels.
+            transform: (a, b, c, d, e, f), instead of the image's own: what makes coordinates of a map out of pixels,
+                x = a column + b row + c and y = d column + e row + f, as rasterio's `dataset.transform[:6]`. They are
+                written as they come out. `georeference.transform` thus keeps the coordinates of the image's system.
             crs: name of the coordinates' system, such as "urn:ogc:def:crs:EPSG::32632", for a member "crs", which
                 GeoJSON had before RFC 7946 and most programs read.
         """
@@ -248,6 +253,34 @@ class Segmentation:
         if formats is None:
             formats = [*DEFAULT_FORMATS, *(["confidence"] if self.confidence is not None else [])]
         return write_formats(self, stem, formats, facts)
+
+    def _drawn(self) -> tuple[np.ndarray, np.ndarray]:
+        """The label map and the colours for drawings: with one more class if there are pixels without data."""
+        count = len(self.class_names)
+        if self.label_map.max(initial=0) < count:
+            return self.label_map, self.colors
+        return np.minimum(self.label_map, count), np.concatenate([self.colors, [UNLABELLED_COLOR]])
+
+
+def colors_of(class_names: Sequence[str], expanded: bool, given: Mapping[str, Color]) -> np.ndarray:
+    """See [`Segmentation.colors`]."""
+    other = {class_names[-1]: OTHER_COLOR} if expanded else {}
+    return name_colors(class_names, {**other, **given})
+
+
+def legend_of(class_names: Sequence[str], pixels: np.ndarray, colors: np.ndarray) -> list[dict[str, Any]]:
+    """See [`Segmentation.legend`]."""
+    total = max(int(pixels.sum()), 1)
+    return [
+        {
+            "label": label,
+            "name": name,
+            "pixels": int(count),
+            "share": float(count / total),
+            "color": "#{:02x}{:02x}{:02x}".format(*color),
+        }
+        for label, (name, count, color) in enumerate(zip(class_names, pixels, colors))
+    ]
 
 
 def _equal(first: np.ndarray | None, second: np.ndarray | None) -> bool:

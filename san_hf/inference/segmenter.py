@@ -1,7 +1,8 @@
 """Image files and class names in, segmentations out: what `san-hf segment` does, for use in Python."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, overload
@@ -14,12 +15,15 @@ from san_hf.colors import Color, parse_color
 from san_hf.hub.load import load_model
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.images import load_image
+from san_hf.inference.large import WHOLE_PIXELS, SegmentedFile, Strip, label_type, write_strips
 from san_hf.inference.predictor import Predictor, PreparedImage
 from san_hf.inference.segmentation import Segmentation
 from san_hf.inference.vocabulary import ClassNames, Vocabulary
 from san_hf.inference.windows import windows_of
+from san_hf.inference.writers import DEFAULT_FORMATS
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 from san_hf.modeling.label_maps_san import LabelledPixels
+from san_hf.rasters import Georeference, Raster, RasterOptions, open_raster
 
 
 @dataclass(frozen=True)
@@ -30,13 +34,17 @@ class LoadedImage:
     Attributes:
         image: upright, 8-bit RGB.
         prepared: the model's inputs; `None` where an image goes through it in windows.
+        valid: (H, W) bool, which pixels of a map have data; `None` where all have.
+        georeference: where the image lies on a map, if its file says so.
     """
 
     image: Image.Image
     prepared: PreparedImage | None
+    valid: np.ndarray | None = None
+    georeference: Georeference | None = None
 
 
-AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | LoadedImage
+AnyImage = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | LoadedImage | Raster
 
 
 class Segmenter:
@@ -63,6 +71,7 @@ class Segmenter:
             image is one.
         overlap: pixels that neighbouring windows share at least, where their scores are blended; an eighth of `tile` by
             default.
+        raster: how maps become RGB, which have many bands or 16 bits: see [`san_hf.rasters.RasterOptions`].
         **options: `synonyms`, `average_synonyms`, `expand`, `templates`, `threshold`, `other`: see
             [`Vocabulary.encode`].
 
@@ -70,7 +79,7 @@ class Segmenter:
         predictor: the [`Predictor`].
         vocabulary: the [`Vocabulary`]; another one may be set at any time.
         colors: the given colours, by name.
-        confidence: as given.
+        confidence, raster: as given.
         windows: those of `tile` and `overlap`, if any.
 
     Raises:
@@ -89,6 +98,7 @@ class Segmenter:
         confidence: bool = False,
         tile: int | None = None,
         overlap: int | None = None,
+        raster: RasterOptions | None = None,
         **options: Any,
     ):
         self.windows = windows_of(tile, overlap)
@@ -96,6 +106,7 @@ class Segmenter:
             raise ValueError("tile and augment don't go together: leave one out.")
         self.colors = {name: parse_color(color, name) for name, color in (colors or {}).items()}
         self.confidence = confidence
+        self.raster = raster
         self.predictor = Predictor(model, processor, augment=augment)
         self.vocabulary = self.predictor.vocabulary(class_names, **options)
 
@@ -139,7 +150,7 @@ class Segmenter:
         """Names of the labels; "other" is the last if there is one."""
         return list(self.vocabulary.class_names)
 
-    def load(self, image: AnyImage) -> LoadedImage:
+    def load(self, image: AnyImage) -> LoadedImage | Raster:
         """
         The part of the work before the model: reads an image and makes it ready. Other threads may do it while the
         model is at work on the images before.
@@ -147,13 +158,32 @@ class Segmenter:
         Args:
             image: see `__call__`.
 
+        Returns:
+            The image; of one that [`Segmenter.segment_file`] segments in strips, the open file.
+
         Raises:
             ImageError: the image can't be read.
         """
-        if isinstance(image, LoadedImage):
+        if isinstance(image, LoadedImage | Raster):
             return image
-        image = load_image(image)
-        return LoadedImage(image, None if self.windows is not None else self.predictor.prepare(image))
+        if isinstance(image, str | os.PathLike) and (raster := open_raster(image, self.raster, self._strips_above)):
+            if self._strips_above is not None and raster.pixels > self._strips_above:
+                return raster
+            return self._whole(raster)
+        return self._prepared(load_image(image))
+
+    def _whole(self, raster: Raster) -> LoadedImage:
+        with closing(raster):
+            image, valid = raster.whole()
+        return self._prepared(image, valid, raster.georeference)
+
+    def _prepared(self, image: Image.Image, *place: Any) -> LoadedImage:
+        return LoadedImage(image, None if self.windows is not None else self.predictor.prepare(image), *place)
+
+    @property
+    def _strips_above(self) -> int | None:
+        """Number of pixels above which rasters are segmented in strips."""
+        return None if self.windows is None else WHOLE_PIXELS
 
     # A string is a sequence of strings, too, and a sequence can be iterated over: the first that fits counts.
     @overload
@@ -198,7 +228,8 @@ class Segmenter:
             yield from self._segment(batch)
 
     def _segment(self, batch: Sequence[AnyImage]) -> list[Segmentation]:
-        loaded = [self.load(image) for image in batch]
+        opened = [self.load(image) for image in batch]
+        loaded = [self._whole(image) if isinstance(image, Raster) else image for image in opened]
         dtype = label_dtype(self.vocabulary)
         if self.windows is None:
             encoded = self.predictor.encode([image.prepared or image.image for image in loaded])
@@ -211,9 +242,65 @@ class Segmenter:
                 for image in loaded
             ]
         return [
-            as_segmentation(image.image, pixels, self.vocabulary, self.colors)
+            as_segmentation(
+                image.image, pixels, self.vocabulary, self.colors, valid=image.valid, georeference=image.georeference
+            )
             for image, pixels in zip(loaded, labelled)
         ]
+
+    def segment_file(
+        self,
+        image: AnyImage,
+        stem: str | os.PathLike,
+        formats: Sequence[str] | None = None,
+        /,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        **facts: Any,
+    ) -> SegmentedFile:
+        """
+        Segments an image into files, in bounded memory: with `tile`, a TIFF or JPEG 2000 file of more than
+        `san_hf.inference.large.WHOLE_PIXELS` pixels is read, segmented and written strip by strip. Any other image is
+        segmented as a whole.
+
+        Args:
+            image: see `__call__`.
+            stem, formats, **facts: see [`Segmentation.save`]. Of an image in strips, "overlay" is a reduced picture.
+            progress: is called with the number of rows that are done, and that of all.
+
+        Returns:
+            The classes with their pixels, and the files.
+
+        Raises:
+            ImageError: the image can't be read.
+            ValueError: an unknown format, or one that isn't written in strips.
+            OSError: a file can't be written.
+        """
+        if formats is None:
+            formats = [*DEFAULT_FORMATS, *(["confidence"] if self.confidence else [])]
+        loaded, vocabulary = self.load(image), self.vocabulary
+        names, colors = list(vocabulary.class_names), {**vocabulary.colors, **self.colors}
+        size = loaded if isinstance(loaded, Raster) else loaded.image
+        segmented = SegmentedFile(size.width, size.height, names, vocabulary.has_other, colors, loaded.georeference)
+        if isinstance(loaded, Raster):
+            with closing(loaded):
+                write_strips(self._strips(loaded), segmented, stem, formats, facts, progress)
+        else:
+            segmentation = self(loaded)
+            segmented.pixels[:] = segmentation.pixels
+            segmented.files += segmentation.save(stem, formats, **facts)
+        return segmented
+
+    def _strips(self, raster: Raster) -> Iterator[Strip]:
+        """The segmented image from the top, in strips as windows make them."""
+        if self.windows is None:
+            raise ValueError("This image was loaded for windows, and there are none: expected tile.")
+        dtype, labels_type = label_dtype(self.vocabulary), label_type(len(self.vocabulary.class_names))
+        strips = self.predictor.label_strips(raster, self.windows, self.vocabulary, self.confidence, dtype)
+        for rows, pixels in strips:
+            colors, valid = raster.rows(rows)
+            labels = mark_no_data(pixels.labels.numpy().astype(labels_type, copy=False), valid)
+            yield Strip(labels, colors, None if pixels.confidence is None else pixels.confidence.numpy())
 
 
 def label_dtype(vocabulary: Vocabulary) -> torch.dtype:
@@ -226,7 +313,13 @@ def label_dtype(vocabulary: Vocabulary) -> torch.dtype:
 
 
 def as_segmentation(
-    image: Image.Image, pixels: LabelledPixels, vocabulary: Vocabulary, colors: Mapping[str, Color]
+    image: Image.Image,
+    pixels: LabelledPixels,
+    vocabulary: Vocabulary,
+    colors: Mapping[str, Color],
+    *,
+    valid: np.ndarray | None = None,
+    georeference: Georeference | None = None,
 ) -> Segmentation:
     """
     The result that goes with an image.
@@ -237,14 +330,25 @@ def as_segmentation(
             what the scores of classes are computed from is kept, on the CPU.
         vocabulary: whose labels they are.
         colors: by class name; they come before the vocabulary's own.
+        valid: (H, W) bool, which pixels have data; `None` where all have.
+        georeference: where the image lies on a map.
     """
     names = list(vocabulary.class_names)
+    labels = pixels.labels.cpu().numpy().astype(np.uint8 if len(names) <= 2**8 else np.uint16, copy=False)
+    if valid is not None:
+        labels = mark_no_data(labels.astype(label_type(len(names)), copy=False), valid)
     return Segmentation(
         image,
-        pixels.labels.cpu().numpy().astype(np.uint8 if len(names) <= 2**8 else np.uint16, copy=False),
+        labels,
         names,
         vocabulary.has_other,
         {**vocabulary.colors, **colors},
         None if pixels.confidence is None else pixels.confidence.cpu().numpy(),
         () if pixels.confidence is None else tuple(view.on_cpu() for view in pixels.views),
+        georeference,
     )
+
+
+def mark_no_data(labels: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+    """Labels (H, W) of a type with room for one more, which get its highest value where `valid`, (H, W), is False."""
+    return labels if valid is None else np.where(valid, labels, np.iinfo(labels.dtype).max)

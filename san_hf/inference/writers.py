@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from san_hf.extras import import_extra
 from san_hf.files import json_text, new_file
 
 
@@ -44,7 +45,7 @@ def write_confidence(segmentation: "Segmentation", file: BinaryIO, facts: Mappin
 
 def write_legend(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
     """JSON: the facts, the image's size, and every class with its label, share of pixels and colour."""
-    size = {"width": segmentation.image.width, "height": segmentation.image.height}
+    size = {"width": segmentation.width, "height": segmentation.height}
     content = {**facts, **size, "classes": segmentation.legend()}
     file.write((json_text(content, indent=2) + "\n").encode("utf-8"))
 
@@ -56,7 +57,7 @@ def write_coco(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str,
 
 
 def write_geojson(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
-    """GeoJSON: the outlines of each class, in pixels."""
+    """GeoJSON: the outlines of each class, in degrees if the image lies on a map, otherwise in pixels."""
     file.write((json_text(segmentation.to_geojson()) + "\n").encode("utf-8"))
 
 
@@ -65,6 +66,24 @@ def write_array(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str
     import numpy as np
 
     np.save(file, segmentation.label_map)
+
+
+def write_geotiff(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """GeoTIFF: the label map in tiles, with its colours, its names, and its place on the map."""
+    from san_hf.inference.geotiff import new_label_tiff, write_rows
+
+    rasterio = import_extra("rasterio", "polygons", "A GeoTIFF")
+    with rasterio.MemoryFile() as memory:
+        with new_label_tiff(memory.name, segmentation, segmentation.label_map.dtype) as dataset:
+            write_rows(dataset, 0, segmentation.label_map)
+        file.write(memory.getbuffer())
+
+
+def write_categories(segmentation: "Segmentation", file: BinaryIO, facts: Mapping[str, Any]) -> None:
+    """XML: the names of a GeoTIFF's labels, as GDAL keeps them beside it, for the legends of QGIS and others."""
+    from san_hf.inference.geotiff import categories_text
+
+    file.write(categories_text(segmentation.class_names).encode("utf-8"))
 
 
 # Format -> the files it consists of, by the ending that follows the image's name.
@@ -77,6 +96,7 @@ WRITERS: dict[str, dict[str, Writer]] = {
     "coco": {".coco.json": write_coco},
     "geojson": {".geojson": write_geojson},
     "npy": {".labels.npy": write_array, ".json": write_legend},
+    "geotiff": {".labels.tif": write_geotiff, ".labels.tif.aux.xml": write_categories, ".json": write_legend},
 }
 FORMATS = tuple(WRITERS)
 DEFAULT_FORMATS = ("overlay", "mask", "json", "png-labels")
@@ -89,7 +109,7 @@ def output_files(stem: str | os.PathLike, formats: Sequence[str]) -> list[Path]:
     Raises:
         ValueError: an unknown format.
     """
-    return [Path(f"{os.fspath(stem)}{ending}") for ending in _writers(formats)]
+    return [Path(f"{os.fspath(stem)}{ending}") for ending in writers_of(formats)]
 
 
 def write_formats(
@@ -97,7 +117,7 @@ def write_formats(
 ) -> list[Path]:
     """See [`Segmentation.save`]."""
     written = []
-    for ending, write in _writers(formats).items():
+    for ending, write in writers_of(formats).items():
         path = Path(f"{os.fspath(stem)}{ending}")
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as file:
@@ -106,8 +126,13 @@ def write_formats(
     return written
 
 
-def _writers(formats: Sequence[str]) -> dict[str, Writer]:
-    """By ending, each once."""
+def writers_of(formats: Sequence[str]) -> dict[str, Writer]:
+    """
+    By ending, each once.
+
+    Raises:
+        ValueError: an unknown format.
+    """
     unknown = [name for name in formats if name not in WRITERS]
     if unknown:
         raise ValueError(f"Unknown formats {unknown}; there are {list(WRITERS)}.")
