@@ -74,11 +74,13 @@ setup(
         "app": ["gradio>=6.31", "rasterio>=1.4", "shapely>=2.0"],
         "polygons": ["rasterio>=1.4", "shapely>=2.0"],
         "supervision": ["supervision>=0.25"],
+        "video": ["av>=17.0"],
         "tracking": ["tensorboard>=2.18", "wandb>=0.22"],
         "onnx": ["onnx>=1.21", "onnxruntime>=1.23", "onnxscript>=0.7"],
         # Exporting to OpenVINO takes transformers 5.20 or later.
         "openvino": ["nncf>=3.0", "openvino>=2026.1"],
         "test": [
+            "av>=17.0",
             "nncf>=3.0",
             "onnx>=1.21",
             "onnxruntime>=1.23",

@@ -15,6 +15,7 @@ from san_hf.legend import LegendEntry, drawn_name, fitted, legend_canvas, text_f
 __all__ = [
     "OTHER_COLOR",
     "Comparison",
+    "FrameOverlays",
     "class_colors",
     "colorize",
     "count_labels",
@@ -33,6 +34,8 @@ OUTLINED_WIDTH = 16
 # What is as large as the image is made in bands of so many rows: the intermediate arrays would take several times the
 # memory of a large photograph. Fewer rows would cost more time for what is looked at beyond them.
 ROWS_AT_ONCE = 384
+# Classes that a video's legend has room for: it stands below each frame.
+MAX_FRAME_LEGEND = 32
 # In comparisons: what has no label, what is wrong, and the longer side of each image.
 UNLABELLED_COLOR = (24, 24, 24)
 ERROR_COLOR = (230, 30, 30)
@@ -110,8 +113,7 @@ def draw_overlay(
     if factor > 1:
         label_map = label_map.repeat(factor, axis=0).repeat(factor, axis=1)
         image = image.resize(size, Image.Resampling.BICUBIC)
-    # About as many letters across whatever the size, and never out of proportion to a thin image.
-    font_size = max(14, min(round((size[0] * size[1]) ** 0.5 / 35), min(size) // 8))
+    font_size = _font_size(size)
     stroke = max(2, font_size // 8)
     counts = count_labels(label_map, len(class_names))
     names = {label: drawn_name(label, class_names[label]) for label in np.flatnonzero(counts).tolist()}
@@ -120,11 +122,7 @@ def draw_overlay(
         LegendEntry(colors[label], names[label], f"{counts[label] / label_map.size:.1%}") for label in largest_first
     ]
     drawing = legend_canvas(size, entries, font_size)
-    for rows in _bands(label_map):
-        part = image.crop((0, rows.start, image.width, rows.stop))
-        part = Image.blend(part, colorize(label_map[rows], colors), opacity)
-        part.paste((255, 255, 255), mask=_outlines(label_map, rows))
-        drawing.paste(part, (0, rows.start))
+    _tint(drawing, image, label_map, colors, opacity)
     draw = ImageDraw.Draw(drawing)
     for label, position in _placements(label_map, names, font_size, stroke).items():
         draw.text(
@@ -137,6 +135,53 @@ def draw_overlay(
             stroke_fill=(0, 0, 0),
         )
     return drawing
+
+
+class FrameOverlays:
+    """
+    Overlays of a video's frames, in which nothing moves but what moves in the video: regions tinted and outlined as in
+    [`draw_overlay`], without names in them; and a legend of all classes in their order, without shares, unless there
+    are more than `MAX_FRAME_LEGEND`.
+
+    Args:
+        size: (width, height) of all frames.
+        class_names: one for each label.
+        colors: (len(class_names), 3) uint8 RGB.
+        opacity: of the tint, 0..1.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], class_names: Sequence[str], colors: np.ndarray, opacity: float = 0.5
+    ) -> None:
+        self.colors, self.opacity = colors, opacity
+        self._canvas = Image.new("RGB", size)
+        if len(class_names) <= MAX_FRAME_LEGEND:
+            names = [drawn_name(label, name) for label, name in enumerate(class_names)]
+            self._canvas = legend_canvas(size, list(map(LegendEntry, colors, names)), _font_size(size))
+
+    def draw(self, image: Image.Image, label_map: np.ndarray) -> Image.Image:
+        """
+        Args:
+            image: 8-bit RGB.
+            label_map: (H, W) integers, of the image's size.
+        """
+        drawing = self._canvas.copy()
+        _tint(drawing, image, label_map, self.colors, self.opacity)
+        return drawing
+
+
+def _font_size(size: tuple[int, int]) -> int:
+    """About as many letters across whatever the size, and never out of proportion to a thin image."""
+    return max(14, min(round((size[0] * size[1]) ** 0.5 / 35), min(size) // 8))
+
+
+def _tint(drawing: Image.Image, image: Image.Image, label_map: np.ndarray, colors: np.ndarray, opacity: float) -> None:
+    """Draws an image under its label map, with outlines, at the top left of a drawing."""
+    for rows in _bands(label_map):
+        part = image.crop((0, rows.start, image.width, rows.stop))
+        part = Image.blend(part, colorize(label_map[rows], colors), opacity)
+        part.paste((255, 255, 255), mask=_outlines(label_map, rows))
+        drawing.paste(part, (0, rows.start))
 
 
 def _bands(label_map: np.ndarray) -> Iterator[slice]:

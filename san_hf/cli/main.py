@@ -20,11 +20,13 @@ from san_hf.cli.push import push
 from san_hf.cli.results import results
 from san_hf.cli.segment import segment
 from san_hf.cli.train import train
+from san_hf.cli.video import video
 from san_hf.version import __version__
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "segment": segment,
+    "video": video,
     "convert": convert,
     "export": export,
     "prepare": prepare,

@@ -224,7 +224,7 @@ def segment_all(
                     failed += 1
                 else:
                     show(f"{printable(path)} -> {', '.join(map(printable, files))}")
-                    print_legend(segmentation, short=journal is not None)
+                    print_legend(segmentation.legend(), short=journal is not None)
                     done += 1
                     if journal is not None:
                         journal.add(path, stem)
@@ -383,9 +383,9 @@ def load_segmenter(
     return segmenter
 
 
-def print_legend(segmentation: "Segmentation", short: bool) -> None:
+def print_legend(legend: list[dict[str, Any]], short: bool) -> None:
     """Classes by their share of pixels: a table, or one line."""
-    legend = sorted(segmentation.legend(), key=lambda entry: -entry["pixels"])
+    legend = sorted(legend, key=lambda entry: -entry["pixels"])
     present = [entry for entry in legend if entry["pixels"]]
     absent = [entry["name"] for entry in legend if not entry["pixels"]]
     if short:

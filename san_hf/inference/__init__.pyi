@@ -1,4 +1,5 @@
 from .bulk import SegmentationWorker, list_jobs
+from .frames import FrameSegmenter, segment_frames
 from .predictor import EncodedImage, EncodedView, Predictor, PreparedImage
 from .segmentation import Segmentation
 from .segmenter import Segmenter
@@ -7,6 +8,7 @@ from .vocabulary import Vocabulary, VocabularyError
 __all__ = [
     "EncodedImage",
     "EncodedView",
+    "FrameSegmenter",
     "Predictor",
     "PreparedImage",
     "Segmentation",
@@ -15,4 +17,5 @@ __all__ = [
     "Vocabulary",
     "VocabularyError",
     "list_jobs",
+    "segment_frames",
 ]

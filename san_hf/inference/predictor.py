@@ -7,7 +7,7 @@ Shapes: Q queries, D CLIP's joint embedding width, C classes.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ class EncodedView:
         image_size: (height, width) of the image inside the padded input.
         patch_size: (height, width) of that input's patches.
         mirrored: whether the view was mirrored, left to right.
+        weight: at least 0, of its scores in the average over the views.
     """
 
     mask_logits: torch.Tensor
@@ -70,6 +71,7 @@ class EncodedView:
     image_size: tuple[int, int]
     patch_size: tuple[int, int]
     mirrored: bool
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -346,19 +348,23 @@ class Predictor:
     ) -> list[MaskPrediction]:
         """Of each view of an image."""
         predictions = []
+        mean_weight = sum(view.weight for view in image.views) / len(image.views)
         for view in image.views:
             with self.autocast():
                 logits = self.model.class_logits(view.mask_embeds, classifier)
-            predictions.append(
-                MaskPrediction.from_logits(
-                    view.mask_logits,
-                    vocabulary.merge_synonyms(logits),
-                    view.patch_size,
-                    view.image_size,
-                    image.target_size,
-                    view.mirrored,
-                )
+            prediction = MaskPrediction.from_logits(
+                view.mask_logits,
+                vocabulary.merge_synonyms(logits),
+                view.patch_size,
+                view.image_size,
+                image.target_size,
+                view.mirrored,
             )
+            if view.weight != mean_weight:
+                # Scores are linear in the probabilities, and averaged over the views later.
+                weighted = prediction.probabilities * (view.weight / mean_weight)
+                prediction = replace(prediction, probabilities=weighted)
+            predictions.append(prediction)
         return predictions
 
     def __call__(

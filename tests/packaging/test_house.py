@@ -22,6 +22,7 @@ MANY_PARAMETERS = {
     "evaluate",
     "export",
     "segment",
+    "video",
     "forward",
     "_preprocess_image_like_inputs",
     "load_segmentation_dataset",
