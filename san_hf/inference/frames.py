@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from san_hf.ahead import run_ahead
 from san_hf.inference.predictor import EncodedImage
 from san_hf.inference.segmentation import Segmentation
-from san_hf.inference.segmenter import AnyImage, Segmenter, as_segmentation, label_dtype
+from san_hf.inference.segmenter import AnyImage, LoadedImage, Segmenter, as_segmentation, label_dtype
 
 
 # Frames before the present one whose scores count, and the least weight that is worth its cost: with smooth=0.5, 4.
@@ -60,10 +61,10 @@ class FrameSegmenter:
         Raises:
             ImageError: it can't be read.
         """
-        segmenter, loaded = self.segmenter, self.segmenter.load(frame)
+        segmenter = self.segmenter
         if segmenter.windows is not None:
-            return segmenter(loaded)
-        self.pass_over(loaded)
+            return segmenter(frame)
+        loaded = self._take_in(frame)
         views = tuple(
             replace(view, weight=self.smooth**age) for age, image in enumerate(self._recent) for view in image.views
         )
@@ -73,15 +74,28 @@ class FrameSegmenter:
             return_confidence=segmenter.confidence,
             dtype=label_dtype(segmenter.vocabulary),
         )
-        return as_segmentation(loaded.image, pixels, segmenter.vocabulary, segmenter.colors)
+        return as_segmentation(
+            loaded.image,
+            pixels,
+            segmenter.vocabulary,
+            segmenter.colors,
+            valid=loaded.valid,
+            georeference=loaded.georeference,
+        )
 
     def pass_over(self, frame: AnyImage) -> None:
         """Takes a frame in that needs no segmentation of its own, such as the last `carried_frames` before those that
         are wanted."""
-        loaded = self.segmenter.load(frame)
+        self._take_in(frame)
+
+    def _take_in(self, frame: AnyImage) -> LoadedImage:
+        """Encodes a frame, which then is the newest of the recent ones."""
+        # Only for windows anything else is made of an image.
+        loaded = cast(LoadedImage, self.segmenter.load(frame))
         if self.smooth and self._begins_scene(loaded.image):
             self._recent.clear()
         self._recent.extendleft(self.segmenter.predictor.encode([loaded.prepared or loaded.image]))
+        return loaded
 
     def _begins_scene(self, image: Image.Image) -> bool:
         """Whether a frame is of another scene or size than the one before."""

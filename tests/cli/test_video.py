@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from san_hf.cli import app, video_parts
-from san_hf.inference import FrameSegmenter, Segmenter, segment_frames
+from san_hf.inference import Predictor, Segmenter, segment_frames
 from tests.videos import noise, read_clip, write_clip
 
 
@@ -47,13 +47,13 @@ def run(model_folder, tmp_path, monkeypatch):
 @pytest.fixture
 def encoded(monkeypatch):
     """The number of frames that went through the model."""
-    counts, take = [], FrameSegmenter.pass_over
+    counts, encode = [], Predictor.encode
 
-    def count(self, frame):
-        counts.append(1)
-        return take(self, frame)
+    def count(self, images):
+        counts.extend(images)
+        return encode(self, images)
 
-    monkeypatch.setattr(FrameSegmenter, "pass_over", count)
+    monkeypatch.setattr(Predictor, "encode", count)
     return counts
 
 
