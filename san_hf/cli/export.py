@@ -65,8 +65,8 @@ def export(
         Int8 | None,
         typer.Option(
             show_default=False,
-            help="With --to openvino: 8 bits, for weights alone, or for weights and activations, whose ranges --images "
-            "show. How many labels stay is printed.",
+            help="Not with --to torch: 8 bits, for weights alone, or for weights and activations. How many labels stay "
+            "is printed.",
         ),
     ] = None,
     images: Annotated[
@@ -74,8 +74,8 @@ def export(
         typer.Option(
             metavar="FOLDER",
             show_default=False,
-            help="With --int8: a few images of the kind to expect. For activations every second one shows the ranges, "
-            "and the others, or all for weights, are compared.",
+            help="With --int8: a few images of the kind to expect, on which labels are compared with those of float32. "
+            "To OpenVINO, every second one for activations shows the ranges of values instead.",
         ),
     ] = None,
     overwrite: OverwriteOption = False,

@@ -21,8 +21,6 @@ from san_hf.inference.vocabulary import Vocabulary
 from san_hf.messages import one_line
 from san_hf.modeling import SANForSemanticSegmentation, SANProcessor
 
-from . import calibration
-from .calibration import Calibration
 from .description import TEXT_FILE, TEXT_PARTS, VOCABULARY_FILE, describe
 from .errors import ExportError
 from .forms import ClosedForm, OpenForm, sample_inputs, traceable
@@ -66,8 +64,8 @@ def export_model(
             synonyms and threshold.
         label_maps: whether the closed form gives label maps, too, at the input's size.
         int8: 8 bits for the "weights" alone, or for weights and "activations".
-        images: upright RGB images for `int8`. Of those for activations, every second one shows the ranges of values;
-            the others, or all for weights, show how many labels stay.
+        images: upright RGB images for `int8`, which show how many labels stay. To OpenVINO, every second one of those
+            for activations shows the ranges of values instead.
         overwrite: whether `output` may be an exported folder already, which is then replaced.
 
     Returns:
@@ -103,9 +101,9 @@ def export_model(
         facts["verification"] = verify(exporter.Runner(folder), reference)
         if int8 is not None:
             facts["precision"] = f"int8 {int8}"
-            ranges = Calibration([to_arrays(graph_inputs(sample)) for sample in calibrating])
+            ranges = [to_arrays(graph_inputs(sample)) for sample in calibrating]
             with quiet_exporters():
-                exporter.quantize(folder, ranges, json_text(facts))
+                exporter.quantize(folder, int8, ranges, json_text(facts))
             if measuring:
                 facts["agreement"] = agreement(exporter.Runner(folder), reference, measuring)
         write_file(folder / EXPORT_FILE, json_text(facts, indent=2) + "\n")
@@ -184,10 +182,11 @@ def split_samples(
         return [], []
     if int8 not in INT8:
         raise ExportError(f"Got int8={int8!r:.40}, expected one of {', '.join(INT8)}.")
-    if not hasattr(TARGETS[target], "quantize"):
-        raise ExportError(f"The target {target!r} has no 8 bits: expected openvino.")
-    require(calibration.PACKAGES, "openvino", "8 bits")
-    if int8 == "weights":
+    exporter = TARGETS[target]
+    if not hasattr(exporter, "quantize"):
+        raise ExportError(f"The target {target!r} has no 8 bits: expected onnx or openvino.")
+    require(exporter.INT8_PACKAGES, exporter.EXTRA, "8 bits")
+    if int8 == "weights" or not exporter.RANGES_FROM_IMAGES:
         return [], samples
     if len(samples) < 2:
         raise ExportError(f"Got {len(samples)} images for activations of 8 bits, expected at least 2.")

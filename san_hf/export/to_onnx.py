@@ -1,6 +1,7 @@
 """Export to ONNX, which ONNX Runtime and many others run."""
 
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ EXTRA = "onnx"
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 EXPORTER = "transformers.exporters.exporter_onnx"
 GRAPH = "model.onnx"
+INT8_PACKAGES = ("onnxruntime",)
+RANGES_FROM_IMAGES = False
 
 
 def export(form: torch.nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, Any]) -> Any:
@@ -25,6 +28,41 @@ def export(form: torch.nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[
     exported = exporter.export(form, inputs, OnnxConfig(dynamic_shapes=shapes))
     # transformers < 5.23 gives torch's own `ONNXProgram`.
     return exported.program if hasattr(exported, "components") else exported.model
+
+
+def quantize(folder: Path, int8: str, inputs: Sequence[Mapping[str, np.ndarray]], description: str) -> None:
+    """
+    Replaces the graph in a folder by one of 8 bits, with another description, by ONNX Runtime's own quantisation.
+
+    Args:
+        int8: "weights" alone, which are ONNX Runtime's own operators, or weights and "activations", whose ranges are
+            taken while the graph runs: those of calibration images kept fewer labels.
+        inputs: not used.
+    """
+    import onnx
+    import onnx_ir
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    if int8 == "weights":
+        quantizer = MatMulNBitsQuantizer(onnx.load(folder / GRAPH), bits=8, block_size=128, is_symmetric=True)
+        quantizer.process()
+        save(onnx_ir.from_proto(quantizer.model.model), folder, description)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        quantized = Path(scratch) / GRAPH
+        quantize_dynamic(
+            folder / GRAPH,
+            quantized,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            # To 7 bits: processors without VNNI add two products in 16 bits, which is too few for 8.
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        save(onnx_ir.load(quantized), folder, description)
 
 
 def save(program: Any, folder: Path, description: str) -> None:

@@ -1,6 +1,7 @@
 """Export to OpenVINO."""
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calibration import Calibration
 from .description import DESCRIPTION_KEY
 
 
@@ -16,6 +16,8 @@ EXTRA = "openvino"
 PACKAGES = ("openvino",)
 EXPORTER = "transformers.exporters.exporter_openvino"
 GRAPH = "openvino_model.xml"
+INT8_PACKAGES = ("nncf",)
+RANGES_FROM_IMAGES = True
 
 
 def export(form: torch.nn.Module, inputs: dict[str, torch.Tensor], shapes: dict[str, Any]) -> Any:
@@ -42,11 +44,27 @@ def get_core() -> Any:
     return openvino.Core()
 
 
-def quantize(folder: Path, calibration: Calibration, description: str) -> None:
-    """Replaces the graph in a folder by one of 8 bits, with another description."""
+def quantize(folder: Path, int8: str, inputs: Sequence[Mapping[str, np.ndarray]], description: str) -> None:
+    """
+    Replaces the graph in a folder by one of 8 bits, with another description, by NNCF.
+
+    Args:
+        int8: "weights" alone, or weights and "activations".
+        inputs: of the graph, for a few images, which show the ranges of activations.
+    """
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
     # Not from the files themselves: they are mapped into memory, and replaced.
     graph, weights = ((folder / GRAPH).with_suffix(suffix).read_bytes() for suffix in (".xml", ".bin"))
-    save(calibration.quantize(get_core().read_model(graph, weights)), folder, description)
+    program = get_core().read_model(graph, weights)
+    if int8 == "weights":
+        program = nncf.compress_weights(program, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    else:
+        program = nncf.quantize(
+            program, nncf.Dataset(inputs), subset_size=len(inputs), model_type=nncf.ModelType.TRANSFORMER
+        )
+    save(program, folder, description)
 
 
 def save(program: Any, folder: Path, description: str) -> None:
