@@ -170,7 +170,7 @@ def geojson_of(
         if to_degrees is not None:
             shape = _in_degrees(shape, to_degrees)
         # Outer rings counterclockwise, as RFC 7946 wants it.
-        shape = shapely.MultiPolygon([shapely.geometry.polygon.orient(polygon) for polygon in shape.geoms])
+        shape = shapely.MultiPolygon([shapely.geometry.polygon.orient(polygon) for polygon in _polygons_of(shape)])
         features.append({"type": "Feature", "properties": dict(entries), "geometry": shapely.geometry.mapping(shape)})
     reference = {} if crs is None else {"crs": {"type": "name", "properties": {"name": crs}}}
     return {"type": "FeatureCollection", **reference, "features": features}

@@ -64,14 +64,15 @@ def write_rows(dataset: "rasterio.io.DatasetWriter", top: int, values: np.ndarra
 
 
 @contextmanager
-def new_tiff(path: str | os.PathLike, **profile: Any) -> "Iterator[rasterio.io.DatasetWriter]":
-    """A TIFF to write to, with or without a place on a map: see [`tiff_profile`]."""
+def open_tiff(path: str | os.PathLike, mode: str = "r", **profile: Any) -> "Iterator[rasterio.io.DatasetReader]":
+    """A TIFF to read, or to write by [`tiff_profile`], with or without a place on a map."""
     import rasterio
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        with rasterio.open(path, "w", **profile) as dataset:
-            yield dataset
+        dataset = rasterio.open(path, mode, **profile)
+    with dataset:
+        yield dataset
 
 
 @contextmanager
@@ -91,7 +92,7 @@ def new_label_tiff(
     names, highest = segmentation.class_names, int(np.iinfo(dtype).max)
     options = {"photometric": "palette", **({"nodata": highest} if highest >= len(names) else {})}
     profile = tiff_profile(segmentation.width, segmentation.height, dtype, segmentation.georeference, **options)
-    with new_tiff(path, **profile) as dataset:
+    with open_tiff(path, "w", **profile) as dataset:
         dataset.write_colormap(1, {label: (*color, 255) for label, color in enumerate(segmentation.colors.tolist())})
         dataset.update_tags(1, **{f"class_{label}": name for label, name in enumerate(names)})
         yield dataset

@@ -14,9 +14,9 @@ from PIL import Image
 from san_hf.colors import Color
 from san_hf.files import json_text, new_files, write_file
 from san_hf.inference.exchange import geojson_of, trace_labels
-from san_hf.inference.geotiff import TILE, new_label_tiff, new_tiff, tiff_profile, write_rows
+from san_hf.inference.geotiff import TILE, new_label_tiff, open_tiff, tiff_profile, write_rows
 from san_hf.inference.segmentation import Segmentation, colors_of, legend_of
-from san_hf.inference.writers import WRITERS, write_categories, write_legend, write_overlay, writers_of
+from san_hf.inference.writers import NO_CONFIDENCE, WRITERS, write_categories, write_legend, write_overlay, writers_of
 from san_hf.rasters import Georeference
 from san_hf.visualization import UNLABELLED_COLOR, count_labels
 
@@ -91,12 +91,12 @@ class Scratch:
         self.drawn: Segmentation | None = None
 
     def fill(
-        self, strips: Iterable[Strip], with_confidence: bool, progress: Callable[[int, int], None] | None = None
+        self, strips: Iterable[Strip], keep_confidence: bool, progress: Callable[[int, int], None] | None = None
     ) -> None:
         """
         Args:
             strips: from the top, each of `TILE` rows but for the last one.
-            with_confidence: whether they have any.
+            keep_confidence: whether a file is made of it.
             progress: is called with the number of rows that are done, and that of all.
         """
         segmented = self.segmented
@@ -107,23 +107,24 @@ class Scratch:
         image = Image.new("RGB", (-(-size[0] // step), -(-size[1] // step)))
         small = []
         with ExitStack() as files:
-            labels_file = files.enter_context(new_tiff(self.labels, **tiff_profile(*size, label_type(count))))
-            if with_confidence:
+            labels_file = files.enter_context(open_tiff(self.labels, "w", **tiff_profile(*size, label_type(count))))
+            if keep_confidence:
                 confidence_file = files.enter_context(
-                    new_tiff(self.confidence, **tiff_profile(*size, np.dtype(np.uint16)))
+                    open_tiff(self.confidence, "w", **tiff_profile(*size, np.dtype(np.uint16)))
                 )
             for labels, colors, confidence in strips:
                 write_rows(labels_file, top, labels)
                 segmented.pixels += count_labels(labels, int(labels.max()) + count)[:count]
-                if confidence is not None:
+                if keep_confidence and confidence is not None:
                     write_rows(confidence_file, top, (confidence * 65535.0).round().astype(np.uint16))
+                if confidence is not None:
                     sums += np.bincount(labels.ravel(), confidence.ravel(), minlength=count)[:count]
                 image.paste(Image.fromarray(colors).reduce(step), (0, top // step))
                 small.append(labels[::step, ::step].copy())
                 top += len(labels)
                 if progress is not None:
                     progress(top, segmented.height)
-        if with_confidence:
+        if confidence is not None:
             present = np.flatnonzero(segmented.pixels).tolist()
             segmented.scores = {label: float(sums[label] / segmented.pixels[label]) for label in present}
         names = segmented.class_names, segmented.expanded, segmented.given_colors
@@ -131,10 +132,9 @@ class Scratch:
 
     def bands(self) -> Iterator[tuple[int, np.ndarray]]:
         """The labels from the top: numbers of the first rows, and (rows, W) labels."""
-        import rasterio
         from rasterio.windows import Window
 
-        with rasterio.open(self.labels) as dataset:
+        with open_tiff(self.labels) as dataset:
             for top in range(0, dataset.height, TILE):
                 yield top, dataset.read(1, window=Window(0, top, dataset.width, min(TILE, dataset.height - top)))
 
@@ -187,10 +187,8 @@ def write_strips(
         progress: see [`Scratch.fill`].
 
     Raises:
-        ValueError: a format that is not written in strips.
         OSError: a file can't be written.
     """
-    check_formats(formats)
     stem = Path(stem)
     with new_files(stem.parent) as folder:
         scratch = Scratch(segmented, folder)
@@ -201,11 +199,18 @@ def write_strips(
             segmented.files.append(stem.parent / path.name)
 
 
-def check_formats(formats: Sequence[str]) -> None:
+def check_formats(formats: Sequence[str], confidence: bool) -> None:
     """
+    Before anything is computed.
+
+    Args:
+        confidence: whether there will be any.
+
     Raises:
-        ValueError: a format that is not written in strips, or an unknown one.
+        ValueError: an unknown format, one that is not written in strips, or "confidence" without any.
     """
+    if "confidence" in formats and not confidence:
+        raise ValueError(NO_CONFIDENCE)
     if missing := writers_of(formats).keys() - WRITERS_OF_STRIPS.keys():
         names = [name for name in formats if missing & WRITERS[name].keys()]
         raise ValueError(f"Images that are segmented in strips can't be written as {', '.join(names)}.")
@@ -221,7 +226,7 @@ def _write_mask(scratch: Scratch, path: Path, facts: Mapping[str, Any]) -> None:
     segmented, mask = scratch.segmented, path.with_name(".mask.tif")
     colors = np.concatenate([segmented.colors, [UNLABELLED_COLOR]]).astype(np.uint8)
     profile = tiff_profile(segmented.width, segmented.height, np.dtype(np.uint8), count=3, interleave="pixel")
-    with new_tiff(mask, **profile) as dataset:
+    with open_tiff(mask, "w", **profile) as dataset:
         for top, labels in scratch.bands():
             write_rows(dataset, top, np.take(colors, np.minimum(labels, len(colors) - 1), axis=0))
     _as_png(mask, path)
@@ -274,7 +279,7 @@ def _write_geojson(scratch: Scratch, path: Path, facts: Mapping[str, Any]) -> No
         for entry in classes
         if entry["pixels"]
     }
-    with rasterio.open(scratch.labels) as dataset:
+    with open_tiff(scratch.labels) as dataset:
         shapes = trace_labels(rasterio.band(dataset, 1), list(properties))
     content = geojson_of(shapes, properties, segmented.georeference)
     write_file(path, json_text(content) + "\n")

@@ -15,7 +15,7 @@ from san_hf.colors import Color, parse_color
 from san_hf.hub.load import load_model
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.images import load_image
-from san_hf.inference.large import WHOLE_PIXELS, SegmentedFile, Strip, label_type, write_strips
+from san_hf.inference.large import WHOLE_PIXELS, SegmentedFile, Strip, check_formats, label_type, write_strips
 from san_hf.inference.predictor import Predictor, PreparedImage
 from san_hf.inference.segmentation import Segmentation
 from san_hf.inference.vocabulary import ClassNames, Vocabulary
@@ -284,6 +284,7 @@ class Segmenter:
         segmented = SegmentedFile(size.width, size.height, names, vocabulary.has_other, colors, loaded.georeference)
         if isinstance(loaded, Raster):
             with closing(loaded):
+                check_formats(formats, self.confidence)
                 write_strips(self._strips(loaded), segmented, stem, formats, facts, progress)
         else:
             segmentation = self(loaded)

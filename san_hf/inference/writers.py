@@ -12,6 +12,7 @@ from san_hf.files import json_text, new_file
 if TYPE_CHECKING:
     from san_hf.inference.segmentation import Segmentation
 
+NO_CONFIDENCE = "This segmentation has no confidence to write: ask for it by Segmenter(..., confidence=True)."
 # Writes one file; the last argument are further facts for those that have room for them.
 Writer = Callable[["Segmentation", BinaryIO, Mapping[str, Any]], None]
 
@@ -39,7 +40,7 @@ def write_confidence(segmentation: "Segmentation", file: BinaryIO, facts: Mappin
     from PIL import Image
 
     if segmentation.confidence is None:
-        raise ValueError("This segmentation has no confidence to write: ask for it by Segmenter(..., confidence=True).")
+        raise ValueError(NO_CONFIDENCE)
     Image.fromarray((segmentation.confidence * 65535.0).round().astype("uint16")).save(file, format="png")
 
 

@@ -5,9 +5,14 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from san_hf import Segmenter
-from san_hf.rasters import Raster
+from san_hf.cli import app
+from san_hf.images import ImageError
+from san_hf.inference import Segmentation
+from san_hf.inference.windows import Windows
+from san_hf.rasters import Georeference, Raster
 
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
@@ -89,3 +94,209 @@ def test_strips_are_the_whole(tile, overlap, whole, pixels, small, tmp_path):
         )
         assert mine["properties"].pop("score") == pytest.approx(other["properties"].pop("score"))
         assert mine["properties"] == other["properties"]
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(128, 64), (192, 64), (128, 32), (256, 128), (96, 0)])
+def test_no_seam_in_strips(tile, overlap, whole, small, tmp_path):
+    """
+    Edges of windows, of strips or of tiles that show: in an image of repeated parts, as far apart as the windows, each
+    part is like the others.
+    """
+    period = tile - overlap
+    with Image.open(SAMPLE) as file:
+        part = np.asarray(file.convert("RGB").resize((period, period)))
+    side = 4 * period + overlap
+    path = write(tmp_path / "a.tif", np.tile(part, (6, 6, 1))[:side, :side])
+    in_windows(whole, tile, overlap).segment_file(path, tmp_path / "a", ["npy"])
+    # Without those that the image's own edges are near.
+    labels = np.load(tmp_path / "a.labels.npy")[period : 3 * period, period : 3 * period]
+    first = labels[:period, :period]
+    assert len(np.unique(first)) > 1
+    np.testing.assert_array_equal(labels, np.tile(first, (2, 2)))
+
+
+def test_what_is_held(whole, small, monkeypatch, tmp_path):
+    """Rows that are read twice, or all at once: memory that grows with the image's height."""
+    asked, read = [], Raster._read
+
+    def counted(self, rows):
+        asked.append(rows)
+        return read(self, rows)
+
+    monkeypatch.setattr(Raster, "_read", counted)
+    path = write(tmp_path / "a.tif", np.zeros((1024, 128, 3), np.uint8))
+    in_windows(whole, 128, 32).segment_file(path, tmp_path / "a", ["geotiff", "overlay"])
+    assert asked == [side.place for side in Windows(128, 32).along(1024)] and len(asked) == 11
+
+
+def polygons_of(path):
+    return {
+        feature["properties"]["name"]: shapely.geometry.shape(feature["geometry"])
+        for feature in json.loads(path.read_text())["features"]
+    }
+
+
+@pytest.mark.parametrize("tile", [None, 160])
+def test_maps_keep_their_place(tile, whole, pixels, tmp_path, monkeypatch):
+    """Outputs that lie elsewhere than their image: with and without windows, whole and in strips."""
+    if tile:
+        monkeypatch.setattr("san_hf.inference.segmenter.WHOLE_PIXELS", 0)
+    path = write(tmp_path / "a.tif", pixels, **UTM)
+    segmenter = in_windows(whole, tile)
+    found = segmenter.segment_file(path, tmp_path / "a", ["geotiff", "geojson", "json"])
+    assert found.georeference.transform == tuple(UTM["transform"][:6])
+    with rasterio.open(tmp_path / "a.labels.tif") as dataset:
+        assert dataset.crs == rasterio.CRS.from_epsg(32632) and dataset.transform == UTM["transform"]
+        labels = dataset.read(1)
+    shapes = polygons_of(tmp_path / "a.geojson")
+    # Back from degrees to pixels: each shape covers its class's pixels.
+    for label, name in enumerate(NAMES):
+        if not (labels == label).any():
+            continue
+        geometry = rasterio.warp.transform_geom("EPSG:4326", UTM["crs"], shapely.geometry.mapping(shapes[name]))
+        mask = rasterio.features.rasterize([geometry], out_shape=labels.shape, transform=UTM["transform"])
+        np.testing.assert_array_equal(mask.astype(bool), labels == label)
+    west, south, east, north = shapely.unary_union(list(shapes.values())).bounds
+    assert 9 <= west < east < 9.1 and 49.6 < south < north < 49.7
+
+
+def test_geojson_of_a_map(pixels):
+    """The image's own system that is written though another one was asked for; straight lines that stay too long."""
+    labels = np.zeros((400, 1000), np.uint8)
+    place = Georeference(tuple(UTM["transform"][:6]), UTM["crs"])
+    segmentation = Segmentation(Image.new("RGB", (1000, 400)), labels, ["sky"], georeference=place)
+    content = segmentation.to_geojson()
+    assert "crs" not in content
+    (ring,) = content["features"][0]["geometry"]["coordinates"][0]
+    assert len(ring) == 1 + 2 * (10 + 4)
+    corners = rasterio.warp.transform("EPSG:32632", "EPSG:4326", [500_000, 510_000], [5_500_000, 5_496_000])
+    np.testing.assert_allclose(np.min(ring, axis=0), [corners[0][0], min(p[1] for p in ring)], atol=1e-9)
+    own = segmentation.to_geojson(transform=place.transform, crs="urn:ogc:def:crs:EPSG::32632")
+    assert own["crs"]["properties"]["name"] == "urn:ogc:def:crs:EPSG::32632"
+    assert shapely.geometry.shape(own["features"][0]["geometry"]).bounds == (500_000, 5_496_000, 510_000, 5_500_000)
+    unknown = Segmentation(segmentation.image, labels, ["sky"], georeference=Georeference(place.transform))
+    assert shapely.geometry.shape(unknown.to_geojson()["features"][0]["geometry"]).bounds == (
+        500_000,
+        5_496_000,
+        510_000,
+        5_500_000,
+    )
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_no_data_is_no_class(strips, whole, pixels, tmp_path, monkeypatch):
+    """A scene's empty border that counts as a class, or that its shares are of."""
+    if strips:
+        monkeypatch.setattr("san_hf.inference.segmenter.WHOLE_PIXELS", 0)
+    missing = np.zeros(pixels.shape[:2], bool)
+    missing[:, :100] = missing[:50] = True
+    path = write(tmp_path / "a.tif", np.where(missing[..., None], 0, pixels.clip(1)).astype(np.uint8), nodata=0, **UTM)
+    segmenter = in_windows(whole, 160, confidence=True)
+    found = segmenter.segment_file(path, tmp_path / "a", ALL)
+    labels = np.load(tmp_path / "a.labels.npy")
+    np.testing.assert_array_equal(labels == 255, missing)
+    assert found.pixels.sum() == (~missing).sum()
+    assert sum(entry["share"] for entry in found.legend()) == pytest.approx(1)
+    with rasterio.open(tmp_path / "a.labels.tif") as dataset:
+        np.testing.assert_array_equal(dataset.read(1, masked=True).mask, missing)
+    assert set(polygons_of(tmp_path / "a.geojson")) <= set(NAMES)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.mask.png"))[missing], 24)
+    if not strips:
+        segmentation = segmenter(path)
+        assert sum(mask.sum() for mask in segmentation.masks().values()) == (~missing).sum()
+        assert sum(entry["area"] for entry in segmentation.to_coco()["annotations"]) == (~missing).sum()
+
+
+def test_names_for_other_programs(whole, pixels, tmp_path):
+    """Names that GDAL, and what is built on it, doesn't find beside the labels."""
+    names = ["sky & <sea>", "grass", "house"]
+    Segmentation(Image.fromarray(pixels), np.zeros(pixels.shape[:2], np.uint8), names).save(tmp_path / "a", ["geotiff"])
+    rasterio.shutil.copy(str(tmp_path / "a.labels.tif"), str(tmp_path / "a.vrt"), driver="VRT")
+    assert "<Category>sky &amp; &lt;sea&gt;</Category>" in (tmp_path / "a.vrt").read_text()
+
+
+def test_many_classes(whole, small, pixels, tmp_path):
+    """Labels beyond 255 that are cut off."""
+    names = [f"thing {number % 300}" for number in range(89, 389)]
+    predictor = whole.predictor
+    segmenter = Segmenter(predictor.model, predictor.processor, names, tile=160)
+    expected = segmenter(Image.fromarray(pixels)).label_map
+    segmenter.segment_file(write(tmp_path / "a.tif", pixels), tmp_path / "a", ["geotiff", "png-labels", "mask"])
+    assert expected.max() > 255
+    with rasterio.open(tmp_path / "a.labels.tif") as dataset:
+        assert dataset.nodata == 65535
+        np.testing.assert_array_equal(dataset.read(1), expected)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.labels.png")), expected)
+
+
+def test_what_can_not_be(whole, small, pixels, tmp_path, monkeypatch):
+    """Formats that fail after hours; half of an image's files; whole images that fill the memory."""
+    segmenter = in_windows(whole, 160)
+    path = write(tmp_path / "a.tif", pixels)
+    with pytest.raises(ValueError, match="in strips can't be written as coco"):
+        segmenter.segment_file(path, tmp_path / "out" / "a", ["coco", "json"])
+    with pytest.raises(ValueError, match="no confidence"):
+        segmenter.segment_file(path, tmp_path / "out" / "a", ["confidence"])
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ImageError, match="400 x 350 pixels, too many .*segment_file"):
+        segmenter(path)
+    segmenter.segment_file(path, tmp_path / "out" / "a", ["json"])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.json"]
+
+
+def test_interrupted(whole, small, pixels, tmp_path):
+    """Half of a label map, or files from which others are made, that stay behind."""
+    path = write(tmp_path / "a.tif", pixels)
+
+    def stop(done, _):
+        if done > 100:
+            raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.labels.tif").write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        in_windows(whole, 160).segment_file(path, tmp_path / "out" / "a", ["geotiff", "json"], progress=stop)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["a.labels.tif"]
+    assert (tmp_path / "out" / "a.labels.tif").read_text() == "before"
+
+
+def test_command(whole, small, pixels, tmp_path):
+    """Options that don't reach the segmenter; large images that a folder can't be resumed over."""
+    write(tmp_path / "in.tif", pixels, **UTM)
+    many = np.concatenate([pixels, pixels[..., :1]], axis=-1).astype(np.int16) * 10
+    profile = {"count": 4, "height": 350, "width": 400, "dtype": "int16", **UTM}
+    with rasterio.open(tmp_path / "many.tif", "w", driver="GTiff", **profile) as dataset:
+        dataset.write(np.moveaxis(many[..., [2, 1, 0, 3]], -1, 0))
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    command = ["segment", *(str(tmp_path / name) for name in ("in.tif", "many.tif", "photo.png"))]
+    command += [
+        "--classes",
+        ",".join(NAMES),
+        "-f",
+        "npy",
+        "-f",
+        "geotiff",
+        "-o",
+        str(tmp_path / "out"),
+        "--tile",
+        "160",
+    ]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert done.exit_code == 1 and "many.tif: it has 4 bands" in done.output and "Traceback" not in done.output
+    expected = in_windows(whole, 160)(Image.fromarray(pixels)).label_map
+    before = (tmp_path / "out" / "in.labels.npy").stat().st_mtime_ns
+    options = ["--bands", "3,2,1", "--range", "0,2550"]
+    done = CliRunner().invoke(app, [*command, *options, "--resume"], env={"COLUMNS": "200"})
+    assert done.exit_code == 2 and "the raster was not given and is" in done.output
+    done = CliRunner().invoke(app, [*command, *options, "--overwrite"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    for name in ("many", "photo"):
+        np.testing.assert_array_equal(np.load(tmp_path / "out" / f"{name}.labels.npy"), expected)
+    (tmp_path / "out" / "many.labels.tif").unlink()
+    before = (tmp_path / "out" / "in.labels.npy").stat().st_mtime_ns
+    done = CliRunner().invoke(app, [*command, *options, "--resume"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0 and "2 of 3 images are done already" in done.output
+    assert (tmp_path / "out" / "in.labels.npy").stat().st_mtime_ns == before
+    assert (tmp_path / "out" / "many.labels.tif").exists()
+    done = CliRunner().invoke(app, [*command, "--range", "5", "--overwrite"])
+    assert done.exit_code == 2 and "expected two numbers" in done.output
