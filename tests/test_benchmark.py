@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 def benchmark(monkeypatch):
     """The script as a module; its neighbours are found as when it is run."""
     monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
-    names = ("inference", "cases", "photos", "plain")
+    names = ("inference", "agreement", "cases", "photos", "plain", "runtimes")
     yield importlib.import_module("inference")
     for name in names:
         sys.modules.pop(name, None)
@@ -47,6 +47,16 @@ def test_all_rows_agree(benchmark, tmp_path, capsys):
         assert row["ratio"] == pytest.approx(row["plain_s"] / row["ours_s"], rel=0.01)
         assert row["classes"] == (None if row["what"] == "forward" else 30) and row["peak_bytes"] is None
     assert benchmark.table(rows) in capsys.readouterr().out
+
+
+def test_half_precision_and_8_bits(benchmark, tmp_path):
+    """Catches rows of inexact arithmetic that are compared as if they were exact."""
+    (row,) = run(benchmark, tmp_path, "--what", "image", "--classes", 30, "--no-peak", "--dtype", "bfloat16")
+    assert row["agrees"] and row["dtype"] == "bfloat16"
+    agreement = importlib.import_module("agreement")
+    exact = torch.arange(100).view(10, 10)
+    wrong, worse = (exact.masked_fill(exact < count, 50) for count in (3, 5))
+    assert agreement.as_near(wrong, worse, exact, 0.01) and not agreement.as_near(worse, wrong, exact, 0.01)
 
 
 def test_processes_of_their_own(benchmark, tmp_path):

@@ -1,6 +1,7 @@
 """What `inference.py` measures: for each row, ours and the plain form, on inputs like a trained model's."""
 
 import argparse
+import copy
 import math
 import os
 import warnings
@@ -16,6 +17,7 @@ import numpy as np
 import plain
 import torch
 import torch.nn.functional as F
+from agreement import HALF_MARGIN, INT8_MARGIN, TOLERANCES, as_near, close, same_labels
 from photos import draw_photo
 from PIL import Image
 from runtimes import make_predictor
@@ -30,8 +32,6 @@ from san_hf.vocabularies import load_vocabulary
 
 PLAIN_NAMES = 24  # The plain form encodes so many names, as each takes the same time: 77 tokens in every template.
 PRESENT = 30  # classes in a realistic photograph
-# Largest difference, relative to the largest value; and the share of labels that may differ.
-TOLERANCES = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 5e-2), "float16": (1e-2, 1e-2)}
 
 
 @dataclass(frozen=True)
@@ -154,27 +154,22 @@ class Setup:
 
     # The two ways from a photograph to a label map
 
-    def plain_map(self, image: Image.Image, vocabulary: Vocabulary) -> tuple[torch.Tensor, torch.Tensor]:
-        """Label map and scores of the plain form."""
-        edge = self.sizes.edge
+    def plain_map(
+        self, image: Image.Image, vocabulary: Vocabulary, exactly: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Label map and scores of the plain form; `exactly`, in float32."""
+        edge, model = self.sizes.edge, copy.deepcopy(self.model).float() if exactly else self.model
         settings = self.processor.image_processor
         pixel_values, inside = plain.prepare(image, edge, 4 * edge, settings.image_mean, settings.image_std)
-        pixel_values = pixel_values.to(self.device, self.dtype)
-        last = self.model.config.deep_supervision_layers[-1:]
+        pixel_values, class_embeds = pixel_values.to(self.device, model.dtype), vocabulary.class_embeds.to(model.dtype)
+        last = model.config.deep_supervision_layers[-1:]
         with torch.inference_mode():
-            ((masks, classes),) = plain.forward(self.model, pixel_values, vocabulary.class_embeds, last)
+            ((masks, classes),) = plain.forward(model, pixel_values, class_embeds, last)
             padded = tuple(pixel_values.shape[-2:])
             return plain.label_map(masks[0], classes[0], padded, inside, (image.height, image.width))
 
     def close(self, got: torch.Tensor, expected: torch.Tensor) -> bool:
-        largest = expected.float().abs().max()
-        return bool((got.float() - expected.float()).abs().max() <= TOLERANCES[self.dtype_name][0] * largest)
-
-    def same_labels(self, got: torch.Tensor, plain_map: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        """Whether labels are the plain form's, but for ties: scores that are equal within the tolerance."""
-        labels, scores = plain_map
-        lost = scores.amax(0) - scores.gather(0, got[None].to(labels))[0]
-        return len(labels.unique()) > 1 and bool((lost <= TOLERANCES[self.dtype_name][0] * scores.max()).all())
+        return close(got, expected, self.dtype_name)
 
 
 @dataclass(frozen=True)
@@ -293,7 +288,11 @@ def post(setup: Setup, classes: int, realistic: bool = True) -> Case:
     def plainly() -> tuple[torch.Tensor, torch.Tensor]:
         return plain.label_map(mask_logits, class_logits, padded, setup.sizes.input, setup.scored)
 
-    return Case(lambda: process(outputs, target_sizes=[setup.scored])[0], plainly, setup.same_labels)
+    return Case(
+        lambda: process(outputs, target_sizes=[setup.scored])[0],
+        plainly,
+        lambda got, expected: same_labels(got, *expected, setup.dtype_name),
+    )
 
 
 def post_uniform(setup: Setup, classes: int) -> Case:
@@ -302,11 +301,15 @@ def post_uniform(setup: Setup, classes: int) -> Case:
 
 def image(setup: Setup, classes: int) -> Case:
     photo, vocabulary = setup.photo(setup.scored), setup.vocabulary(classes)
-    return Case(
-        lambda: setup.predictor([photo], vocabulary)[0],
-        lambda: setup.plain_map(photo, vocabulary),
-        setup.same_labels,
-    )
+
+    def agree(got: torch.Tensor, plain_map: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        int8 = setup.runtime.endswith("int8")
+        if setup.dtype == torch.float32 and not int8:
+            return same_labels(got, *plain_map, setup.dtype_name)
+        exact, _ = setup.plain_map(photo, vocabulary, exactly=True)
+        return as_near(got, plain_map[0], exact, INT8_MARGIN if int8 else HALF_MARGIN)
+
+    return Case(lambda: setup.predictor([photo], vocabulary)[0], lambda: setup.plain_map(photo, vocabulary), agree)
 
 
 def new_names(setup: Setup, classes: int) -> Case:
