@@ -320,11 +320,7 @@ def new_names(setup: Setup, classes: int) -> Case:
         setup.predictor.vocabulary(names_of(classes))  # kept in memory; of random weights all would be about alike
         return setup.predictor.classify(encoded, vocabulary)[0]
 
-    return Case(
-        ours,
-        lambda: setup.predictor([photo], vocabulary)[0],
-        torch.equal,
-    )
+    return Case(ours, lambda: setup.predictor([photo], vocabulary)[0], torch.equal)
 
 
 def photos_in(folder: Path, count: int, size: tuple[int, int], num_labels: int) -> list[Path]:
