@@ -1,5 +1,6 @@
 """Images of any kind as upright 8-bit RGB images."""
 
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from san_hf.fetch import FetchError, fetch, is_address
 from san_hf.messages import notify, printable
 from san_hf.modeling import SANImageProcessorPil
 
@@ -18,14 +20,15 @@ class ImageError(ValueError):
     """An image that can't be read; the message says why, and what to do."""
 
 
-def load_image(source: "str | os.PathLike | Image.Image | np.ndarray | torch.Tensor") -> Image.Image:
+def load_image(source: "str | os.PathLike | bytes | Image.Image | np.ndarray | torch.Tensor") -> Image.Image:
     """
     An image of any kind, as the model takes it.
 
     Args:
         source: a file that Pillow reads, turned upright by its EXIF orientation; the address of one (http:// or
-            https://); or a PIL image, an array or a tensor, taken as it is: (H, W), (H, W, C) or (C, H, W) with 1, 3
-            or 4 channels, integers 0..255 or, in 16-bit images, 0..65535, floats 0..255.
+            https://, see [`san_hf.fetch.fetch`]); what such a file holds, as bytes; or a PIL image, an array or a
+            tensor, taken as it is: (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels, integers 0..255 or, in
+            16-bit images, 0..65535, floats 0..255.
 
     Returns:
         8-bit RGB, transparent pixels laid on white. Of a file with several pages or frames, the first, with a warning.
@@ -33,29 +36,39 @@ def load_image(source: "str | os.PathLike | Image.Image | np.ndarray | torch.Ten
     Raises:
         ImageError: it can't be read.
     """
-    file = None
-    if isinstance(source, str | os.PathLike) and not str(source).startswith(("http://", "https://")):
+    if not isinstance(source, str | os.PathLike | bytes):
+        try:
+            return to_rgb(source)
+        except Exception as error:
+            raise ImageError(f"can't be read: {error or type(error).__name__}") from error
+    file: str | os.PathLike | io.BytesIO
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    elif is_address(source):
+        try:
+            file = io.BytesIO(fetch(str(source)))
+        except FetchError as error:
+            raise ImageError(str(error)) from error
+    else:
         file = source
-    if file is not None and not os.path.isfile(file):
-        raise ImageError("it is no regular file" if os.path.exists(file) else "there is no such file")
+        if not os.path.isfile(file):
+            raise ImageError("it is no regular file" if os.path.exists(file) else "there is no such file")
     try:
-        with pixel_limit():
-            if file is None:
-                return to_rgb(source)
-            with Image.open(file) as opened:
-                image = to_rgb(ImageOps.exif_transpose(opened))
-                pages = count_pages(opened)
+        with pixel_limit(), Image.open(file) as opened:
+            image = to_rgb(ImageOps.exif_transpose(opened))
+            pages = count_pages(opened)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        empty = file is not None and not os.path.getsize(file)
-        reason = "the file is empty" if empty else "not an image, or of a format Pillow can't read"
+        size = len(file.getvalue()) if isinstance(file, io.BytesIO) else os.path.getsize(file)
+        reason = "not an image, or of a format Pillow can't read" if size else "the file is empty"
         raise ImageError(reason) from error
     # A broken file makes Pillow's readers fail in many ways: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         raise ImageError(f"can't be read: {error or type(error).__name__}") from error
     if pages > 1:
-        notify(f"{printable(file)} has {pages} pages or frames: the first is used.")
+        name = "The image" if isinstance(source, bytes) else printable(source)
+        notify(f"{name} has {pages} pages or frames: the first is used.")
     return image
 
 

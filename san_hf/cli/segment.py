@@ -1,6 +1,5 @@
 """`san-hf segment`."""
 
-import glob
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -32,9 +31,11 @@ from san_hf.cli.options import (
 from san_hf.cli.processes import add_up, join_processes, leave_processes, on_main_process, part_of_process
 from san_hf.cli.segment_journal import Journal, model_facts, parse_shard
 from san_hf.cli.segment_options import (
+    AllowUrlsOption,
     BandsOption,
     ClassesFileOption,
     ClassesOption,
+    ImagesArgument,
     OtherOption,
     OverlapOption,
     RangeOption,
@@ -44,6 +45,7 @@ from san_hf.cli.segment_options import (
     TileOption,
     raster_of_options,
 )
+from san_hf.cli.segment_sources import find_images, open_source, report_missing
 from san_hf.cli.vocabulary_options import (
     class_facts,
     class_names_of_options,
@@ -54,7 +56,7 @@ from san_hf.cli.vocabulary_options import (
 from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.inference.writers import FORMATS, output_files
 from san_hf.messages import join_some, printable
-from san_hf.paths import expand_path, list_images, paths_for
+from san_hf.paths import expand_path, paths_for
 from san_hf.progress import PlainConsole, progress_bar
 from san_hf.vocabularies.files import is_vocabulary_file
 
@@ -76,12 +78,7 @@ Format = Enum("Format", {name: name for name in FORMATS}, type=str)  # type: ign
 
 
 def segment(
-    images: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="IMAGE", show_default=False, help="Image files, folders (with all below them) or patterns."
-        ),
-    ],
+    images: ImagesArgument,
     classes: ClassesOption = None,
     classes_file: ClassesFileOption = None,
     model: ModelOption = EMBEDDED_MODEL,
@@ -113,6 +110,7 @@ def segment(
             "have changed since.",
         ),
     ] = False,
+    allow_urls: AllowUrlsOption = False,
     shard: ShardOption = None,
     tile: TileOption = None,
     overlap: OverlapOption = None,
@@ -139,13 +137,13 @@ def segment(
     part = part_of_process(parse_shard(shard), accelerator)
     is_main = accelerator is None or accelerator.is_main_process
     # One list for all processes, whatever is added to a folder meanwhile.
-    named = on_main_process(accelerator, lambda: find_images(images, output))
+    named = on_main_process(accelerator, lambda: find_images(images, output, allow_urls))
     sources = report_missing(named, classes, quiet=not is_main)
     missing = len(named) - len(sources)
     wanted = [choice.value for choice in formats]
     stems = paths_for([(*name.parts[:-1], name.stem) for _, name in sources], output)
     # The names are those of all images, whatever the part.
-    jobs = [(Path(source), stem) for (source, _), stem in zip(sources, stems)][part[0] - 1 :: part[1]]
+    jobs = [(source, stem) for (source, _), stem in zip(sources, stems)][part[0] - 1 :: part[1]]
     if not jobs and accelerator is None:
         fail(f"There are no images for --shard {shard}: there are {len(sources)} in all.")
     options: dict[str, Any] = {
@@ -169,7 +167,7 @@ def segment(
     done = journal.resume() if resume else {}
     remaining = [job for job in jobs if not journal.is_done(done, *job, output_files(job[1], wanted))]
     check_outputs(
-        [path for path, _ in jobs],
+        [source for source, _ in jobs],
         [stem for _, stem in remaining],
         wanted,
         overwrite or (resume and journal.begun()),
@@ -206,7 +204,7 @@ def segment(
 
 def segment_all(
     segmenter: "Segmenter",
-    jobs: list[tuple[Path, Path]],
+    jobs: list[tuple[str, Path]],
     formats: list[str],
     model: str,
     journal: Journal | None,
@@ -238,8 +236,8 @@ def segment_all(
 
 
 def segmented_and_saved(
-    segmenter: "Segmenter", jobs: list[tuple[Path, Path]], formats: list[str], model: str
-) -> "Iterator[tuple[Path, Path, Segmentation | Exception, list[Path]]]":
+    segmenter: "Segmenter", jobs: list[tuple[str, Path]], formats: list[str], model: str
+) -> "Iterator[tuple[str, Path, Segmentation | Exception, list[Path]]]":
     """
     Segments images and writes their files. While the model is at work on one image, the next is read and the one before
     is written, and nothing else is ahead: at most four images are in memory, with the one whose result was yielded.
@@ -250,7 +248,7 @@ def segmented_and_saved(
     from san_hf.inference.large import SegmentedFile
     from san_hf.inference.segmenter import LoadedImage
 
-    def segment(loaded: "Iterable[tuple[tuple[Path, Path], Future[Any]]]") -> Iterator[tuple[Path, Path, Any]]:
+    def segment(loaded: "Iterable[tuple[tuple[str, Path], Future[Any]]]") -> Iterator[tuple[str, Path, Any]]:
         for (path, stem), future in loaded:
             try:
                 image = future.result()
@@ -261,7 +259,7 @@ def segmented_and_saved(
             except EXPECTED_ERRORS as error:
                 yield path, stem, error
 
-    def save(segmented: tuple[Path, Path, Any]) -> list[Path]:
+    def save(segmented: tuple[str, Path, Any]) -> list[Path]:
         path, stem, segmentation = segmented
         if isinstance(segmentation, Exception):
             return []
@@ -269,26 +267,12 @@ def segmented_and_saved(
             return segmentation.files
         return segmentation.save(stem, formats, image=printable(path), model=model)
 
-    loaded = run_ahead(lambda job: segmenter.load(job[0]), jobs, 1)
+    loaded = run_ahead(lambda job: segmenter.load(open_source(job[0])), jobs, 1)
     for (path, stem, segmentation), future in run_ahead(save, segment(loaded), 1):
         try:
             yield path, stem, segmentation, future.result()
         except EXPECTED_ERRORS as error:
             yield path, stem, error, []
-
-
-def report_missing(sources: list[tuple[str, Path]], classes: list[str] | None, quiet: bool) -> list[tuple[str, Path]]:
-    """The images that exist; the others are said at once, before a model is loaded, if this is not `quiet`."""
-    missing = [source for source, _ in sources if not os.path.lexists(source)]
-    for source in () if quiet else missing:
-        show(f"Error: {printable(source)}: there is no such file.", error=True)
-    words = [source for source in missing if not Path(source).suffix and os.sep not in source]
-    if words and classes and not quiet:
-        names = ", ".join([*classes, *words])
-        show(f'Several class names are separated by commas, in quotes: --classes "{printable(names)}"', error=True)
-    if len(missing) == len(sources) or (words and classes):
-        raise typer.Exit(2)
-    return [source for source in sources if source[0] not in missing]
 
 
 def show_notes(segmenter: "Segmenter", model: str, formats: list[str]) -> None:
@@ -301,39 +285,7 @@ def show_notes(segmenter: "Segmenter", model: str, formats: list[str]) -> None:
         show(Text(printable(numbers_note(numbered)), style="yellow"))
 
 
-def find_images(patterns: list[str], output: Path) -> list[tuple[str, Path]]:
-    """
-    The files that are meant, each once, and for each a relative path to name its outputs after.
-
-    A file is taken as it is; of a folder, everything below it with an image's ending, except for hidden files and the
-    output folder: see [`san_hf.paths.list_images`]. Anything else is a pattern. What doesn't exist stays, to be
-    reported with the others.
-    """
-    found: dict[str, tuple[str, Path]] = {}
-    for pattern in map(expand_path, patterns):
-        if os.path.isdir(pattern):
-            listing = list_images(pattern, exclude=output)
-            left_out = listing.describe_left_out()
-            if not listing.files:
-                fail(f"There is no image in the folder '{printable(pattern)}'. {left_out}".strip())
-            matches = [(str(path), path.relative_to(listing.folder)) for path in listing.files]
-        elif not os.path.exists(pattern) and glob.has_magic(pattern):
-            all_matches = sorted(glob.glob(pattern, recursive=True))
-            matches = [(file, Path(Path(file).name)) for file in all_matches if os.path.isfile(file)]
-            others = [printable(file) for file in all_matches if not os.path.isfile(file)]
-            left_out = f"Left out of '{printable(pattern)}': no files: {join_some(others, 4)}." if others else ""
-            if not matches:
-                fail(f"Nothing matches the pattern '{printable(pattern)}'. {left_out}".strip())
-        else:
-            left_out, matches = "", [(pattern, Path(Path(pattern).name))]
-        if left_out:
-            show(left_out, error=True)
-        for match in matches:
-            found.setdefault(os.path.realpath(match[0]), match)
-    return list(found.values())
-
-
-def check_outputs(images: list[Path], stems: list[Path], formats: list[str], overwrite: bool) -> None:
+def check_outputs(images: list[str], stems: list[Path], formats: list[str], overwrite: bool) -> None:
     """Before anything is computed: nothing is lost by writing, and the folder takes files."""
     files = [file for stem in stems for file in output_files(stem, formats)]
     inputs = {os.path.realpath(image) for image in images}

@@ -102,7 +102,7 @@ class Journal:
         self._file.seek(0, os.SEEK_END)
         return self
 
-    def add(self, image: Path, stem: Path) -> None:
+    def add(self, image: str | Path, stem: Path) -> None:
         """Notes that an image's files are complete."""
         if self._file is None:
             raise RuntimeError("The journal isn't open.")
@@ -110,7 +110,7 @@ class Journal:
         self._file.write(json_text(entry).encode("utf-8") + b"\n")
         self._file.flush()
 
-    def is_done(self, done: Mapping[str, Any], image: Path, stem: Path, files: Sequence[Path]) -> bool:
+    def is_done(self, done: Mapping[str, Any], image: str | Path, stem: Path, files: Sequence[Path]) -> bool:
         """Whether all files of an image are there, and the image is the one they were made of."""
         facts = done.get(self._name(stem))
         return facts is not None and facts == image_facts(image) and all(file.is_file() for file in files)
@@ -126,10 +126,10 @@ class Journal:
         return printable(stem.relative_to(self.output))
 
 
-def image_facts(image: Path) -> dict[str, Any] | None:
+def image_facts(image: str | Path) -> dict[str, Any] | None:
     """What tells an image file from another one of its name; `None` for a file that isn't there."""
     try:
-        status = image.stat()
+        status = os.stat(image)
     except OSError:
         return None
     return {"file": printable(os.path.abspath(image)), "size": status.st_size, "modified": status.st_mtime_ns}

@@ -18,6 +18,15 @@ class Runtime(str, Enum):
     openvino = "openvino"
 
 
+ImagesArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="IMAGE",
+        show_default=False,
+        help="Image files, folders (with all below them) or patterns; - for one image from standard input; with "
+        "--allow-urls also https:// addresses.",
+    ),
+]
 ClassesOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -42,6 +51,13 @@ OtherOption = Annotated[
         metavar="NAME",
         show_default=False,
         help='What to call pixels that --expand or --threshold take from your classes, if not "other".',
+    ),
+]
+AllowUrlsOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-urls",
+        help="Fetch images that are named by http:// or https:// addresses, of at most 256 MB each, from any host.",
     ),
 ]
 ShardOption = Annotated[
