@@ -39,6 +39,7 @@ setup(
             "*.md",
             "*/*.md",
             "*/*.png",
+            "app/*.js",
             "checkpoints/**/*",
             "conversion/*.gz",
             "training/recipes/*.yaml",

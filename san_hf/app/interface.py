@@ -17,7 +17,15 @@ from san_hf.app.limits import Limits, uploaded_file
 from san_hf.app.models import Models
 from san_hf.app.requests import GuardedRequests
 from san_hf.app.state import Question, Sessions
-from san_hf.app.views import VIEWS, describe_pixel, describe_times, draw_view, legend_html, write_downloads
+from san_hf.app.views import (
+    VIEWS,
+    describe_all_pixels,
+    describe_pixel,
+    describe_times,
+    draw_view,
+    legend_html,
+    write_downloads,
+)
 from san_hf.devices import OUT_OF_MEMORY
 from san_hf.extras import import_extra
 from san_hf.messages import one_line, printable
@@ -25,6 +33,8 @@ from san_hf.vocabularies import VOCABULARIES
 
 
 SAMPLE = resources.files("san_hf") / "checkpoints" / "picture-book" / "sample.png"
+# The script of a part of the page that isn't shown; that part's value never becomes HTML.
+HOVER = (resources.files("san_hf") / "app" / "hover.js").read_text(encoding="utf-8")
 TITLE = "Name it, and see where it is"
 EXPANSION_CHOICES = [("nothing", ""), ("COCO-Stuff's 171 classes", "coco"), ("its 91 stuff classes", "coco-stuff")]
 # Addresses of this machine alone.
@@ -92,7 +102,8 @@ def build_interface(models: Models, limits: Limits, examples: Sequence[str] | No
                 result = gr.Image(
                     label="Result", format="png", interactive=False, buttons=["fullscreen"], elem_id="result"
                 )
-                pixel = gr.Textbox(label="Pixel", placeholder="Click into the result.", elem_id="pixel")
+                hover = gr.HTML(html_template="", js_on_load=HOVER, visible="hidden", apply_default_css=False)
+                pixel = gr.Textbox(label="Pixel", placeholder="Point at the result, or click into it.", elem_id="pixel")
                 legend = gr.HTML(elem_id="legend")
                 with gr.Row():
                     view = gr.Radio(list(VIEWS), value=VIEWS[0], label="View", elem_id="view")
@@ -106,11 +117,14 @@ def build_interface(models: Models, limits: Limits, examples: Sequence[str] | No
                 session = sessions.of(request.session_hash)
                 session.show(uploaded_file(file, gr.utils.get_upload_folder()))
                 question = Question(tuple(tags or ()), preset, expansion, threshold, model)
+                before = session.segmentation
                 for step in session.answer(models, question):
-                    yield gr.skip(), gr.skip(), step, gr.skip()
-                if session.segmentation is not None:
-                    shown = draw_view(session.segmentation, view, opacity)
-                    yield shown, legend_html(session.segmentation), describe_times(session), ""
+                    yield gr.skip(), gr.skip(), step, gr.skip(), gr.skip()
+                if (found := session.segmentation) is not None:
+                    shown, told = draw_view(found, view, opacity), describe_all_pixels(found)
+                    # The page may ask the same again; then the pixel that somebody clicked at stays.
+                    clicked = gr.skip() if found is before else ""
+                    yield shown, legend_html(found), describe_times(session), clicked, told
 
         def segment_if_complete(request: gr.Request, file, tags, preset, *rest):
             # While something is still missing, there is nothing to say.
@@ -119,7 +133,7 @@ def build_interface(models: Models, limits: Limits, examples: Sequence[str] | No
                 return
             with _sentences(gr):
                 sessions.of(request.session_hash).show(uploaded_file(file, gr.utils.get_upload_folder()))
-                yield None, "", "", ""
+                yield None, "", "", "", None
 
         def redraw(request: gr.Request, view, opacity):
             with _sentences(gr):
@@ -147,14 +161,14 @@ def build_interface(models: Models, limits: Limits, examples: Sequence[str] | No
         queued = {"concurrency_limit": 1, "concurrency_id": "model", "trigger_mode": "always_last"}
         quick = {"concurrency_limit": 4, "concurrency_id": "views", "show_progress": "hidden", **private}
         inputs = [picture, tags, preset, expansion, threshold, model, view, opacity]
-        outputs = [result, legend, status, pixel]
-        changes = [picture.change, tags.change, preset.change, expansion.change, threshold.release, model.change]
+        outputs = [result, legend, status, pixel, hover]
+        changes = [picture.change, tags.change, preset.change, expansion.change, threshold.change, model.change]
         # Values as they come: Gradio would open the picture, without our limits and sentences.
         shared = {"preprocess": False, "show_progress": "minimal", "show_progress_on": status, **queued, **private}
         typed = gr.on(changes, segment_if_complete, inputs, outputs, **shared)
         asked = start.click(segment, inputs, outputs, **shared)
-        stop.click(None, None, None, cancels=[typed, asked], **private)
-        gr.on([view.change, opacity.release], redraw, [view, opacity], result, **quick)
+        stop.click(lambda: "Stopped.", None, status, cancels=[typed, asked], queue=False, **private)
+        gr.on([view.change, opacity.change], redraw, [view, opacity], result, trigger_mode="always_last", **quick)
         result.select(describe, None, pixel, **quick)
         prepare.click(download, None, files, concurrency_limit=2, **private)
         page.unload(forget)

@@ -77,6 +77,7 @@ class Session:
     vision_passes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     _digest: bytes = b""
+    _answered: Question | None = None
     _encoded: tuple[str, EncodedImage] | None = None
     _vocabulary: tuple[tuple, Vocabulary] | None = None
     _colors: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -106,13 +107,15 @@ class Session:
     def answer(self, models: Models, question: Question) -> Iterator[str]:
         """
         Segments the picture; before each of the steps it yields what comes now. Left at any of these, it goes on from
-        there the next time.
+        there the next time. The question that was answered last has no steps.
 
         Raises:
             ValueError: no picture, no words, or too many or too long ones; no such model.
         """
         if self.image is None:
             raise ValueError("There is no picture yet: upload, paste or take one.")
+        if self.segmentation is not None and question == self._answered:
+            return
         names = read_names(question.tags, question.preset, self.limits)
         expansion = read_expansion_names(question.expansion, self.limits)
         if len(names) + len(expansion) > self.limits.names:
@@ -146,6 +149,7 @@ class Session:
             encoded, colors = self._encoded[1], self._colors_of(vocabulary)
             (pixels,) = predictor.classify_pixels([encoded], vocabulary, dtype=label_dtype(vocabulary))
             self.segmentation = as_segmentation(self.image, pixels, vocabulary, colors)
+        self._answered = question
 
     def _encode_in_parts(self, models: Models, model: str, words: list[str]) -> Iterator[str]:
         """Many words a part at a time; they are kept, so that the vocabulary finds them encoded."""

@@ -1,7 +1,10 @@
 """What the browser shows of a segmentation: the picture under it, its legend, one pixel of it, and the files of it."""
 
+import zlib
+from base64 import b64encode
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,8 +17,10 @@ from san_hf.visualization import colorize
 
 VIEWS = ("overlay", "mask", "confidence")
 DOWNLOADS = ("overlay", "png-labels", "coco", "geojson")
-# Longer side of what is sent to the browser.
-LONGEST_SIDE = 1280
+# Longer side of the picture that is sent to the browser, and of the pixels that it can tell about by itself.
+LONGEST_SIDE, LONGEST_SIDE_TOLD = 1280, 640
+# Classes that a pixel's description names besides its own.
+MORE_CLASSES = 2
 
 
 def draw_view(segmentation: Segmentation, view: str = "overlay", opacity: float = 0.5) -> Image.Image:
@@ -35,32 +40,64 @@ def draw_view(segmentation: Segmentation, view: str = "overlay", opacity: float 
             f"Got the view {view!r:.40} with opacity {opacity!r:.20}, expected {', '.join(VIEWS)}, 0 to 1."
         )
     width, height = view_size(segmentation)
-    rows = ((np.arange(height) + 0.5) * segmentation.height / height).astype(int)
-    columns = ((np.arange(width) + 0.5) * segmentation.width / width).astype(int)
+    labels, confidence = _scaled_down(segmentation, width, height)
     if view == "confidence":
-        confidence = segmentation.confidence
-        assert confidence is not None  # sessions ask for it
-        return Image.fromarray((confidence[np.ix_(rows, columns)] * 255).round().astype(np.uint8))
-    mask = colorize(segmentation.label_map[np.ix_(rows, columns)], segmentation.colors)
+        return Image.fromarray((confidence * 255).round().astype(np.uint8))
+    mask = colorize(labels, segmentation.colors)
     if view == "mask":
         return mask
     return Image.blend(segmentation.image.resize((width, height), reducing_gap=2.0), mask, opacity)
 
 
-def view_size(segmentation: Segmentation) -> tuple[int, int]:
-    """(width, height) of what [`draw_view`] draws."""
-    scale = min(1.0, LONGEST_SIDE / max(segmentation.width, segmentation.height))
+def view_size(segmentation: Segmentation, longest: int = LONGEST_SIDE) -> tuple[int, int]:
+    """(width, height) of what [`draw_view`] draws; or of what has another longer side at most."""
+    scale = min(1.0, longest / max(segmentation.width, segmentation.height))
     return max(1, round(segmentation.width * scale)), max(1, round(segmentation.height * scale))
 
 
 def describe_pixel(segmentation: Segmentation, x: float, y: float) -> str:
-    """Class and score of a pixel in Markdown-free text; (x, y) are those of what [`draw_view`] draws."""
+    """
+    Class and score of a pixel and the next likely classes, as text; (x, y) are those of what [`draw_view`] draws.
+    """
     width, height = view_size(segmentation)
     column = min(max(int((x + 0.5) * segmentation.width / width), 0), segmentation.width - 1)
     row = min(max(int((y + 0.5) * segmentation.height / height), 0), segmentation.height - 1)
     name = segmentation.class_names[int(segmentation.label_map[row, column])]
     assert segmentation.confidence is not None  # sessions ask for it
-    return f"{printable(name)}, score {segmentation.confidence[row, column]:.2f} (x {column}, y {row})"
+    text = f"{printable(name)}, score {segmentation.confidence[row, column]:.2f} (x {column}, y {row})"
+    others = [entry for entry in segmentation.scores_at(column, row).items() if entry[0] != name]
+    likely = [f"{printable(other)} {score:.2f}" for other, score in others[:MORE_CLASSES] if score >= 0.005]
+    return f"{text}; next: {', '.join(likely)}" if likely else text
+
+
+def describe_all_pixels(segmentation: Segmentation) -> dict[str, Any]:
+    """
+    Class and score of every pixel, scaled down to `LONGEST_SIDE_TOLD`, for hover.js: a few 10 kB.
+
+    Returns:
+        "width" and "height"; "names", those of the classes that are present; and "pixels", deflated, as base64: one
+        byte each for all pixels, row by row, first the number of the name modulo 256, then that number divided by 256,
+        then the score in hundredths.
+    """
+    width, height = view_size(segmentation, LONGEST_SIDE_TOLD)
+    labels, confidence = _scaled_down(segmentation, width, height)
+    present, numbers = np.unique(labels, return_inverse=True)
+    numbers = numbers.reshape(labels.shape)
+    planes = np.stack([numbers % 256, numbers // 256, (confidence * 100).round()]).astype(np.uint8)
+    return {
+        "width": width,
+        "height": height,
+        "names": [printable(segmentation.class_names[label]) for label in present],
+        "pixels": b64encode(zlib.compress(planes.tobytes())).decode("ascii"),
+    }
+
+
+def _scaled_down(segmentation: Segmentation, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and confidences of the pixels that are the nearest ones to those of a smaller picture."""
+    rows = ((np.arange(height) + 0.5) * segmentation.height / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * segmentation.width / width).astype(int)
+    assert segmentation.confidence is not None  # sessions ask for it
+    return segmentation.label_map[np.ix_(rows, columns)], segmentation.confidence[np.ix_(rows, columns)]
 
 
 def legend_html(segmentation: Segmentation) -> str:

@@ -49,6 +49,11 @@ class Tab:
         self.page.goto(address)
         self.page.locator("#picture input[type=file]").wait_for(state="attached")
 
+    @property
+    def questions(self) -> int:
+        """How many the page has asked the server."""
+        return sum(address.endswith("/queue/join") or "/run/" in address for address in self.addresses)
+
     def upload(self, file: Path) -> None:
         self.page.set_input_files("#picture input[type=file]", str(file))
 
@@ -58,6 +63,38 @@ class Tab:
             field.fill(name)
             field.press("Enter")
         field.press("Escape")
+
+    def choose(self, label: str, choice: str) -> None:
+        """One of a drop-down list's choices."""
+        self.page.get_by_label(label, exact=True).click()
+        self.page.locator("ul[role=listbox] li", has_text=choice).first.click()
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point of the result's picture is on the page; (x, y) are shares of its width and height."""
+        return tuple(
+            self.page.locator("#result img").evaluate(
+                """(image, [x, y]) => {
+                    const area = image.getBoundingClientRect();
+                    const width = image.naturalWidth, height = image.naturalHeight;
+                    const scale = Math.min(area.width / width, area.height / height, 1);
+                    return [
+                        area.left + (area.width - scale * width) / 2 + x * scale * width,
+                        area.top + (area.height - scale * height) / 2 + y * scale * height,
+                    ];
+                }""",
+                [x, y],
+            )
+        )
+
+    def hover(self, x: float, y: float) -> str:
+        """What is said beside the pointer there; nothing where it says nothing."""
+        self.page.mouse.move(*self.place(x, y))
+        return self.page.locator("#hover").evaluate("tip => tip.hidden ? '' : tip.textContent")
+
+    def click(self, x: float, y: float, expected: str) -> None:
+        """Clicks there, and waits until the field says what is expected."""
+        self.page.mouse.click(*self.place(x, y))
+        self.wait_for_text("pixel", expected)
 
     def text(self, part: str) -> str:
         return self.page.locator(f"#{part} input, #{part} textarea").first.input_value()
@@ -117,11 +154,10 @@ def test_a_visit(browser, page, passes, tmp_path):
     assert tab.page.locator("#legend tr", has_text="sky").locator("td").first.get_attribute("style") == color
     assert passes["images"] == 1 and tab.text("status").endswith("vision passes for this picture: 1")
 
-    # The sky is at the top, in the middle of it; the picture may be letterboxed.
-    image = tab.page.locator("#result img").bounding_box()
-    tab.page.mouse.click(image["x"] + 0.5 * image["width"], image["y"] + 0.1 * image["height"])
-    tab.wait_for_text("pixel", "sky, score ")
+    tab.click(0.5, 0.1, "sky, score ")  # at the top, in the middle
+    assert "); next: mountain 0." in tab.text("pixel")
     if os.environ.get("SAN_HF_SCREENSHOT"):
+        tab.hover(0.55, 0.1)
         tab.page.screenshot(path=os.environ["SAN_HF_SCREENSHOT"])
 
     tab.page.locator("#view label", has_text="mask").click()
@@ -141,6 +177,80 @@ def test_a_visit(browser, page, passes, tmp_path):
     assert [entry["pixels"] for entry in legend] == counts.tolist()
     assert passes["images"] == 1
     assert all(address.startswith((page.local_url, "data:", "blob:")) for address in tab.addresses)
+    tab.page.close()
+
+
+def test_hovering(browser, page, tmp_path):
+    """Catches a pixel that is told by another one's class, a question for each move of the mouse, names that are taken
+    for HTML, and what stays beside the pointer when the picture is another one."""
+    markup = '<img src="x" onerror="window.bad = 1">'
+    with Image.open(SAMPLE) as sample:
+        sample.rotate(90, expand=True).resize((1200, 1700)).save(tmp_path / "tall.jpg")  # larger than it is shown
+    tab = Tab(browser, page.local_url)
+    tab.add_names(markup)
+    tab.upload(tmp_path / "tall.jpg")
+    tab.wait_for_legend(markup)
+    assert tab.hover(0.5, 0.5).startswith(f"{markup}, score ")
+    tab.add_names("grass", "blue bird")
+    tab.wait_for_legend("grass", "blue bird", markup)
+    assert tab.page.evaluate("window.bad") is None and tab.page.locator("#hover img, #legend img").count() == 0
+    said = {}
+    for x, y in ((0.1, 0.1), (0.5, 0.5), (0.9, 0.1), (0.95, 0.95), (0.02, 0.6)):
+        asked = tab.questions
+        said[x, y] = tab.hover(x, y)
+        tab.page.wait_for_timeout(100)
+        assert tab.questions == asked
+        name, _, score = said[x, y].rpartition(", score ")
+        tab.click(x, y, f"{name}, score ")
+        # The same pixel, or in a picture made smaller one beside it.
+        assert abs(float(tab.text("pixel").removeprefix(f"{name}, score ").partition(" ")[0]) - float(score)) < 0.05
+    assert {text.rpartition(", score ")[0] for text in said.values()} == {"grass", "blue bird"}
+    assert tab.hover(-0.02, 0.5) == tab.hover(0.5, 1.02) == ""
+
+    # As large as the window, and in another view, it is the same picture.
+    tab.page.locator("#result button[aria-label=Fullscreen], #result button[title=Fullscreen]").first.click()
+    tab.page.wait_for_timeout(500)
+    assert tab.hover(0.5, 0.5) == said[0.5, 0.5]
+    tab.page.keyboard.press("Escape")
+    tab.page.get_by_label("Remove Image").click()
+    tab.page.locator("#result img").wait_for(state="detached")
+    tab.page.mouse.move(900, 300)
+    assert tab.page.locator("#hover").is_hidden()
+    tab.page.close()
+
+
+def test_options(browser, page, passes):
+    """Catches a preset, others, a threshold, an opacity or a view that the answer knows nothing of, whether it is set
+    by mouse or keyboard."""
+    tab = Tab(browser, page.local_url)
+    tab.upload(SAMPLE)
+    tab.choose("Preset", "voc")
+    legend = tab.page.locator("#legend")
+    legend.get_by_text("Not found:").filter(has_text="aeroplane").wait_for()
+    tab.add_names("grass")
+    legend.locator("tr", has_text="grass").wait_for()
+    tab.choose('Others, as one "other"', "its 91 stuff classes")
+    legend.locator("tr", has_text="other").wait_for()
+    before = legend.inner_text()
+    changed = "src => document.querySelector('#result img').getAttribute('src') !== src"
+    for name, row in (("Threshold", "100.0%"), ("Opacity", "")):
+        field = tab.page.get_by_label(f"number input for {name}")
+        shown = tab.page.locator("#result img").get_attribute("src")
+        field.fill("0.9")
+        field.press("Enter")
+        tab.page.wait_for_function(changed, arg=shown)
+        legend.locator("tr", has_text=row).first.wait_for()
+        slider = tab.page.get_by_label(f"range slider for {name}")
+        shown = tab.page.locator("#result img").get_attribute("src")
+        slider.focus()
+        slider.press("Home")
+        tab.page.wait_for_function(changed, arg=shown)
+    assert legend.inner_text() == before
+    for view in ("mask", "confidence", "overlay"):
+        shown = tab.page.locator("#result img").get_attribute("src")
+        tab.page.locator("#view label", has_text=view).click()
+        tab.page.wait_for_function(changed, arg=shown)
+    assert passes["images"] == 1
     tab.page.close()
 
 
@@ -196,10 +306,10 @@ def test_stopping(browser, page, passes, monkeypatch):
     assert started.wait(60)
     tab.wait_for_text("status", "Encoding the picture")
     tab.page.locator("#stop").click()
-    tab.page.wait_for_timeout(1000)
+    tab.wait_for_text("status", "Stopped.")
     go_on.set()
     tab.page.wait_for_timeout(2000)
-    assert tab.page.locator("#legend tr").count() == 0
+    assert tab.page.locator("#legend tr").count() == 0 and tab.text("status") == "Stopped."
     tab.page.locator("#start").click()
     tab.wait_for_legend("sky", "grass")
     assert passes["images"] == 1

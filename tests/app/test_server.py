@@ -54,6 +54,12 @@ def test_a_visit(page, predictor, pictures, passes):
         if entry["pixels"]:
             (color,) = np.unique(mask[expected.label_map == entry["label"]], axis=0)
             assert "#{:02x}{:02x}{:02x}".format(*color) in values[1] and f"{entry['share']:.1%}" in values[1]
+    assert set(values[4]["names"]) == {entry["name"] for entry in expected.legend() if entry["pixels"]}
+    # Without words there is nothing to show; the same words again show the same.
+    assert visitor.call("segment_if_complete", picture, [], "", "", 0, "tiny", "mask", 0.5) == [None, "", "", "", None]
+    again = visitor.ask(picture, ["a, b", "c", "d", "e"])
+    assert (again[1], again[2], again[4]) == (values[1], values[2], values[4])
+    assert np.array_equal(shown(visitor, again), mask) and passes["images"] == 2  # one is the segmenter's
     (files,) = visitor.call("download")
     by_name = {Path(file["path"]).name.partition(".")[2]: file for file in files}
     assert sorted(by_name) == ["coco.json", "geojson", "json", "labels.png", "overlay.png"]

@@ -1,7 +1,10 @@
 """What the app knows of a visitor, without a browser and without Gradio."""
 
+import base64
 import json
 import threading
+import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,14 @@ from san_hf import VOCABULARIES, Segmenter
 from san_hf.app.limits import Limits, read_expansion_names, read_names
 from san_hf.app.models import Models
 from san_hf.app.state import Question, Session, Sessions
-from san_hf.app.views import describe_pixel, describe_times, draw_view, legend_html, write_downloads
+from san_hf.app.views import (
+    describe_all_pixels,
+    describe_pixel,
+    describe_times,
+    draw_view,
+    legend_html,
+    write_downloads,
+)
 from san_hf.images import ImageError, load_image
 from san_hf.loading import ModelError
 from san_hf.modeling.prompts_san import PROMPT_TEMPLATES
@@ -50,6 +60,8 @@ def test_new_words_need_no_vision_pass(session, models, pictures, passes):
     assert ask(session, models, "house", "sky")[0].startswith("Encoding the picture")
     ask(session, models, "fish")
     assert ask(session, models, "fish", threshold=0.5) == ["Labelling the pixels ..."]
+    answer = session.segmentation
+    assert ask(session, models, "fish", threshold=0.5) == [] and session.segmentation is answer
     session.show(pictures[0])
     ask(session, models, "house", "grass", expansion="coco-stuff")
     assert passes["images"] == session.vision_passes == 1
@@ -155,8 +167,12 @@ def test_views(session, models, pictures):
     assert np.abs(np.asarray(confidence) - 255 * segmentation.confidence).max() <= 0.51
     for x, y in ((0, 0), (95, 63), (40, 20)):
         name = segmentation.class_names[segmentation.label_map[y, x]]
-        score = f"{segmentation.confidence[y, x]:.2f}"
-        assert describe_pixel(segmentation, x, y) == f"{name}, score {score} (x {x}, y {y})"
+        own, *following = segmentation.scores_at(x, y).items()
+        assert own[0] == name and own[1] == pytest.approx(segmentation.confidence[y, x])
+        likely = ", ".join(f"{other} {score:.2f}" for other, score in following[:2] if score >= 0.005)
+        assert likely and describe_pixel(segmentation, x, y) == (
+            f"{name}, score {own[1]:.2f} (x {x}, y {y}); next: {likely}"
+        )
     html = legend_html(segmentation)
     assert "<b>" not in html
     for entry in segmentation.legend():
@@ -169,7 +185,30 @@ def test_large_pictures_are_shown_small(session, models, tmp_path):
     session.show(tmp_path / "wide.png")
     ask(session, models, "house", "sky", "grass")
     assert draw_view(session.segmentation).size == draw_view(session.segmentation, "confidence").size == (1280, 640)
-    assert describe_pixel(session.segmentation, 1279, 639).endswith("(x 2598, y 1298)")
+    assert "(x 2598, y 1298)" in describe_pixel(session.segmentation, 1279, 639)
+    told = describe_all_pixels(session.segmentation)
+    assert (told["width"], told["height"]) == (640, 320) and len(json.dumps(told)) < 500_000
+
+
+def test_what_hovering_tells(session, models):
+    """Catches a pixel of another place, another class's name or score, and more labels than a byte holds."""
+    ask(session, models, "<b>a</b>", "b\x07", "c", "d", "e")
+    seen = session.segmentation
+    many = replace(
+        seen,
+        label_map=np.arange(seen.label_map.size, dtype=np.uint16).reshape(seen.label_map.shape) % 700 + 300,
+        class_names=[f"n{number}" for number in range(1000)],
+    )
+    for segmentation in (seen, many):
+        told = describe_all_pixels(segmentation)
+        packed = zlib.decompress(base64.b64decode(told["pixels"]))
+        low, high, score = np.frombuffer(packed, np.uint8).reshape(3, told["height"], told["width"]).astype(int)
+        names = np.array(told["names"])[low + 256 * high]
+        assert names.shape == segmentation.label_map.shape
+        expected = np.array([name.replace("\x07", "\ufffd") for name in segmentation.class_names])
+        assert np.array_equal(names, expected[segmentation.label_map])
+        assert np.abs(score / 100 - segmentation.confidence).max() <= 0.00501
+    assert len(told["names"]) == 700
 
 
 def test_downloads(session, models, tmp_path):

@@ -55,6 +55,6 @@ class Visitor:
         raise RuntimeError("The stream ended without an answer.")
 
     def ask(self, picture: dict[str, Any] | None, tags: list[str], **options: Any) -> list[Any]:
-        """The button "Segment": the result, the legend, the times, and the pixel's text."""
+        """The button "Segment": the result, the legend, the times, the pixel's text, and what hovering tells."""
         defaults = {"preset": "", "expansion": "", "threshold": 0, "model": "tiny", "view": "mask", "opacity": 0.5}
         return self.call("segment", picture, tags, *(defaults | options).values())

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from san_hf.inference import Segmenter
+from san_hf.inference import Segmenter, segment_frames
 
 
 NAMES = ["cat, kitten", "grass", "sky; heaven", "red boat"]
@@ -68,6 +69,15 @@ def test_scores_are_the_dense_formulas(model, processor, images, options, passes
         assert (labels == got.label_map).mean() > 0.99  # rounding may make two classes equal
         seen.update(np.unique(labels))
     assert len(seen) > 2
+
+
+def test_scores_carried_over_frames(model, processor, images):
+    """Catches scores of one frame where the labels come from several, weighted."""
+    segmenter = Segmenter(model, processor, NAMES, confidence=True)
+    frames = [images[0], Image.blend(images[0], images[2], 0.1)]
+    single, (_, carried) = segmenter(frames[1]), segment_frames(segmenter, frames, smooth=0.7)
+    assert len(carried.predictions) == 2 and np.abs(carried.confidence - single.confidence).max() > 1e-3
+    np.testing.assert_allclose(carried.scores(NAMES).max(0), carried.confidence, atol=1e-6)
 
 
 def test_what_can_be_asked_for(model, processor, images):
