@@ -29,8 +29,8 @@ _DRIVERS = {
 MAX_PIXELS = 40_000_000_000
 # Bytes that are decoded at once: of one block of the file at most, and of several together.
 _BLOCK_BYTES, _BYTES_AT_ONCE = 2**28, 2**26
-# GDAL's own cache, in MB: it would take a twentieth of the memory. Each block is read once or twice anyway.
-_CACHE = 64
+# GDAL's own cache, which would take a twentieth of the memory: each block is read once or twice anyway.
+CACHE_BYTES = 2**26
 # Rows whose colours are computed at once.
 _ROWS_AT_ONCE = 64
 _ORIENTATION, _GEO_KEYS = 274, 34735
@@ -121,7 +121,7 @@ def open_raster(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
         try:
-            with rasterio.Env(GDAL_CACHEMAX=_CACHE):
+            with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
                 dataset = rasterio.open(os.path.abspath(path), driver=driver)
         except rasterio.errors.RasterioError:  # Pillow says what is wrong, or reads it after all
             return None
@@ -263,7 +263,7 @@ class Raster:
         valid = np.empty((count, self.width), dtype=bool)
         read = [*self._bands, *([self._alpha] if self._alpha else [])]
         try:
-            with rasterio.Env(GDAL_CACHEMAX=_CACHE):
+            with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES):
                 for part, columns in self._parts(rows):
                     window = rasterio.windows.Window.from_slices(part, columns)
                     values = self._dataset.read(read, window=window)

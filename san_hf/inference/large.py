@@ -17,7 +17,7 @@ from san_hf.inference.exchange import geojson_of, trace_labels
 from san_hf.inference.geotiff import TILE, new_label_tiff, open_tiff, tiff_profile, write_rows
 from san_hf.inference.segmentation import Segmentation, colors_of, legend_of
 from san_hf.inference.writers import NO_CONFIDENCE, WRITERS, write_categories, write_legend, write_overlay, writers_of
-from san_hf.rasters import Georeference
+from san_hf.rasters import CACHE_BYTES, Georeference
 from san_hf.visualization import UNLABELLED_COLOR, count_labels
 
 
@@ -189,8 +189,12 @@ def write_strips(
     Raises:
         OSError: a file can't be written.
     """
+    import rasterio
+
     stem = Path(stem)
-    with new_files(stem.parent) as folder:
+    # Lines are read of tiles, and must find them decoded: colours, three bytes a pixel.
+    cache = max(CACHE_BYTES, 3 * TILE * segmented.width * 2)
+    with new_files(stem.parent) as folder, rasterio.Env(GDAL_CACHEMAX=cache):
         scratch = Scratch(segmented, folder)
         scratch.fill(in_strips(strips, TILE), "confidence" in formats, progress)
         for ending in writers_of(formats):
