@@ -1,6 +1,7 @@
 """The progress bar of everything that takes long."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -33,3 +34,23 @@ def progress_bar(hidden: bool = False) -> Progress:
         console=PlainConsole(stderr=True),
         disable=hidden,
     )
+
+
+@contextmanager
+def row_progress(name: str, bar: Progress | None) -> Iterator[Callable[[int, int], None]]:
+    """
+    The rows of one large image, as long as the block lasts.
+
+    Args:
+        name: of the image.
+        bar: of all images, to which a line is added; `None` for a bar of its own.
+
+    Yields:
+        To be called with the number of rows that are done, and that of all.
+    """
+    with progress_bar() if bar is None else nullcontext(bar) as shown:
+        task = shown.add_task(name, total=None, speed="rows")
+        try:
+            yield lambda done, total: shown.update(task, completed=done, total=total)
+        finally:
+            shown.remove_task(task)

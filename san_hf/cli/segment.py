@@ -57,12 +57,14 @@ from san_hf.hub.names import EMBEDDED_MODEL
 from san_hf.inference.writers import FORMATS, output_files
 from san_hf.messages import join_some, printable
 from san_hf.paths import expand_path, paths_for
-from san_hf.progress import PlainConsole, progress_bar
+from san_hf.progress import PlainConsole, progress_bar, row_progress
 from san_hf.vocabularies.files import is_vocabulary_file
 
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
+
+    from rich.progress import Progress
 
     from san_hf.inference import Segmentation, Segmenter
 
@@ -216,7 +218,8 @@ def segment_all(
     with progress_bar(hidden) as bar:
         task = bar.add_task("Segmenting", total=total, completed=done, speed="")
         try:
-            for path, stem, segmentation, files in segmented_and_saved(segmenter, jobs, formats, model):
+            rows = None if journal is None else bar
+            for path, stem, segmentation, files in segmented_and_saved(segmenter, jobs, formats, model, rows):
                 if isinstance(segmentation, Exception):
                     show_error(segmentation, f"{printable(path)}: {explain(segmentation)}")
                     failed += 1
@@ -236,11 +239,12 @@ def segment_all(
 
 
 def segmented_and_saved(
-    segmenter: "Segmenter", jobs: list[tuple[str, Path]], formats: list[str], model: str
+    segmenter: "Segmenter", jobs: list[tuple[str, Path]], formats: list[str], model: str, bar: "Progress | None"
 ) -> "Iterator[tuple[str, Path, Segmentation | Exception, list[Path]]]":
     """
     Segments images and writes their files. While the model is at work on one image, the next is read and the one before
-    is written, and nothing else is ahead: at most four images are in memory, with the one whose result was yielded.
+    is written, and nothing else is ahead: at most four images are in memory, with the one whose result was yielded. Of
+    an image in strips, `bar` or one of its own shows the rows.
 
     Yields:
         Image, stem, segmentation and files, in order; of what went wrong, the error in the segmentation's place.
@@ -255,7 +259,10 @@ def segmented_and_saved(
                 if isinstance(image, LoadedImage):
                     yield path, stem, segmenter(image)
                 else:  # too large for memory, and written while it is segmented
-                    yield path, stem, segmenter.segment_file(image, stem, formats, image=printable(path), model=model)
+                    facts = {"image": printable(path), "model": model}
+                    with row_progress(printable(os.path.basename(path)), bar) as progress:
+                        segmented = segmenter.segment_file(image, stem, formats, progress=progress, **facts)
+                    yield path, stem, segmented
             except EXPECTED_ERRORS as error:
                 yield path, stem, error
 
