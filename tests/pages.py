@@ -17,7 +17,7 @@ from san_hf.cli import app
 from san_hf.training.config_file import load_config
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def blocks(page: Path) -> list[tuple[str | None, str, str]]:
