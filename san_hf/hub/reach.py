@@ -28,7 +28,11 @@ PATIENCE = 1.5  # seconds to wait for a connection before it is left to huggingf
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ " Did you mean 'picture-book'?" for a name like one that is known or like a folder there; "" if none is."""
+    """ " Did you mean 'picture-book'?" for a name like one that is known or like a folder there; "" if none is,
+    or if it is one of the known, which is spelt right and fails for another reason."""
+    known = list(known)
+    if name in known:
+        return ""
     parent = Path(name).parent
     try:
         folders = [str(parent / entry.name) for entry in os.scandir(parent) if entry.is_dir()]

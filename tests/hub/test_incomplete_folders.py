@@ -174,6 +174,14 @@ def test_names_of_no_model(monkeypatch, name):
     assert time.process_time() - start < 2 and "secret" not in str(error.value)
 
 
+def test_a_name_that_is_spelt_right(monkeypatch):
+    """Catches "Did you mean 'san-vit-b-16'?" for just this name, where it is the network that is missing."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="could not be downloaded") as error:
+        load_model("san-vit-b-16", torch.float32)
+    assert "Did you mean" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["NOTHING", "", ".hidden", "a/b/c", "x" * 300, "../no-such-folder", "file.pth"])
 def test_names_are_refused_before_anything_is_loaded(monkeypatch, tmp_path, name):
     """Catches a second model, or data, that are loaded before somebody looks whether the first can exist at all."""
