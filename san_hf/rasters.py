@@ -28,7 +28,7 @@ _DRIVERS = {
 # Against files made to keep a machine busy for ever: 200,000 x 200,000.
 MAX_PIXELS = 40_000_000_000
 # Bytes that are decoded at once: of one block of the file at most, and of several together.
-_BLOCK_BYTES, _BYTES_AT_ONCE = 2**28, 2**26
+_BLOCK_BYTES, _BYTES_AT_ONCE = 2**28, 2**25
 # GDAL's own cache, which would take a twentieth of the memory: each block is read once or twice anyway.
 CACHE_BYTES = 2**26
 # Rows whose colours are computed at once.
@@ -151,7 +151,7 @@ def _as_raster(
             return None
         raise
     if not is_map and (orientation := _tiff_tag(path, _ORIENTATION) or 1) != 1:
-        if beyond_pillow or options.given or large:
+        if beyond_pillow or options.given:
             raise ImageError(
                 f"its orientation tag is {orientation}, which isn't followed here: turn its pixels upright"
             )

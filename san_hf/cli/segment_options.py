@@ -74,7 +74,8 @@ TileOption = Annotated[
         metavar="SIZE",
         show_default=False,
         help="Segment larger images in windows of SIZE x SIZE pixels, each as large in the model as a whole image "
-        "would be: for satellite and microscope images, whose objects are small.",
+        "would be: for satellite and microscope images, whose objects are small. TIFF and JPEG 2000 files of any size "
+        "are then read and written piece by piece.",
     ),
 ]
 OverlapOption = Annotated[

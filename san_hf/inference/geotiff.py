@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import rasterio
 
 # Side of the tiles that the files consist of, in pixels.
-TILE = 512
+TILE = 256
 
 
 class LabelledRaster(Protocol):

@@ -116,9 +116,9 @@ class Scratch:
                 write_rows(labels_file, top, labels)
                 segmented.pixels += count_labels(labels, int(labels.max()) + count)[:count]
                 if keep_confidence and confidence is not None:
-                    write_rows(confidence_file, top, (confidence * 65535.0).round().astype(np.uint16))
+                    write_rows(confidence_file, top, np.rint(confidence * np.float32(65535)).astype(np.uint16))
                 if confidence is not None:
-                    sums += np.bincount(labels.ravel(), confidence.ravel(), minlength=count)[:count]
+                    sums += _sums(confidence, labels, count)
                 image.paste(Image.fromarray(colors).reduce(step), (0, top // step))
                 small.append(labels[::step, ::step].copy())
                 top += len(labels)
@@ -145,16 +145,21 @@ def label_type(count: int) -> np.dtype:
 
 
 def in_strips(parts: Iterable[Strip], rows: int) -> Iterator[Strip]:
-    """The same rows in strips of `rows` each, but for the last one."""
+    """The same rows in strips of `rows` each, but for the last one. At most a strip and a part are held."""
     held: list[Strip] = []
+    missing = rows
     for part in parts:
-        held.append(part)
-        while sum(len(strip.labels) for strip in held) >= rows:
-            whole = _joined(held)
-            yield _cut(whole, slice(0, rows))
-            held = [_cut(whole, slice(rows, None))]
-    if held and len((whole := _joined(held)).labels):
-        yield whole
+        top = 0
+        while len(part.labels) - top >= missing:
+            held.append(_cut(part, slice(top, top + missing)))
+            top, missing = top + missing, rows
+            yield _joined(held)
+            held.clear()
+        if top < len(part.labels):
+            held.append(_cut(part, slice(top, None)))
+            missing -= len(part.labels) - top
+    if held:
+        yield _joined(held)
 
 
 def _joined(strips: Sequence[Strip]) -> Strip:
@@ -167,6 +172,13 @@ def _joined(strips: Sequence[Strip]) -> Strip:
 def _cut(strip: Strip, rows: slice) -> Strip:
     labels, colors, confidence = strip
     return Strip(labels[rows], colors[rows], None if confidence is None else confidence[rows])
+
+
+def _sums(values: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
+    """The sum of the values of each label's pixels, (count,) float64; both (rows, W)."""
+    # One by one, as the sums are of copies in eight bytes.
+    rows = (np.bincount(of_row, value, minlength=count)[:count] for of_row, value in zip(labels, values))
+    return sum(rows, np.zeros(count))
 
 
 def write_strips(

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # Of the processor's shortest edge. At SAN's 640: 320, 480, 640, 800, 960 and 1120, each also mirrored; the longest
 # edge may then be as long at all of them as the largest scale allows, 1.75 * 2560 = 4480.
 AUGMENTATION_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+# Rows of a large image that are labelled at once: whole tiles of post-processing, so that cutting changes no rounding.
+STRIP_ROWS = 320
 
 
 @dataclass(frozen=True)
@@ -317,7 +319,7 @@ class Predictor:
             ]
 
         held: dict[int, list[MaskPrediction]] = {}
-        for row_cell in cells_of(rows):
+        for row_cell in cells_of(rows, STRIP_ROWS):
             held = {number: held.get(number) or predict_row(rows[number]) for number in row_cell.windows}
             height = row_cell.place.stop - row_cell.place.start
             labels = torch.empty(height, image.width, dtype=dtype)

@@ -87,14 +87,15 @@ class Cell(NamedTuple):
     windows: list[int]
 
 
-def cells_of(sides: list[Side]) -> Iterator[Cell]:
-    """A side's pixels by the windows that cover them, in order."""
+def cells_of(sides: list[Side], longest: int | None = None) -> Iterator[Cell]:
+    """A side's pixels by the windows that cover them, in order, `longest` of them at once."""
     edges = sorted({edge for side in sides for edge in (side.place.start, side.place.stop)})
     for start, stop in zip(edges, edges[1:]):
         covering = [
             number for number, side in enumerate(sides) if side.place.start <= start and stop <= side.place.stop
         ]
-        yield Cell(slice(start, stop), covering)
+        for first in range(start, stop, longest or stop - start):
+            yield Cell(slice(first, min(first + (longest or stop), stop)), covering)
 
 
 def blend_part(

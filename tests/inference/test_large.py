@@ -1,6 +1,9 @@
 """Images larger than memory: segmented strip by strip, with the same result as whole; and maps with their place."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from san_hf.images import ImageError
 from san_hf.inference import Segmentation
 from san_hf.inference.windows import Windows
 from san_hf.rasters import Georeference, Raster
+from tests.cli.test_bounds import MEASURE
 
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
@@ -300,3 +304,27 @@ def test_command(whole, small, pixels, tmp_path):
     assert (tmp_path / "out" / "many.labels.tif").exists()
     done = CliRunner().invoke(app, [*command, "--range", "5", "--overwrite"])
     assert done.exit_code == 2 and "expected two numbers" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+def test_peak_memory(tmp_path):
+    """An image, labels or confidences that are whole in memory: 108 million pixels, of 9 bytes together."""
+    small = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    strip = np.asarray(Image.fromarray(small).resize((12_000, 1_000)))
+    profile = {"count": 3, "dtype": "uint8", "photometric": "rgb", "tiled": True, "compress": "deflate"}
+    with rasterio.open(
+        tmp_path / "a.tif", "w", driver="GTiff", width=12_000, height=9_000, **profile, **UTM
+    ) as dataset:
+        for top in range(0, 9_000, 1_000):
+            dataset.write(np.moveaxis(strip, -1, 0), window=rasterio.windows.Window(0, top, 12_000, 1_000))
+    command = [sys.executable, "-S", "-c", MEASURE, sys.executable, "-m", "san_hf", "segment", tmp_path / "a.tif"]
+    command += ["--classes", ",".join(NAMES), "--tile", "1024", "-o", tmp_path / "out"]
+    formats = [word for name in ("overlay", "geotiff", "png-labels", "confidence") for word in ("-f", name)]
+    done = subprocess.run([*map(str, command), *formats], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    status, peak = map(int, done.stdout.split()[-2:])
+    assert status == 0, done.stderr[-2000:]
+    assert peak * 1024 < 950e6
+    with rasterio.open(tmp_path / "out" / "a.labels.tif") as dataset:
+        assert (dataset.width, dataset.height) == (12_000, 9_000) and dataset.block_shapes == [(256, 256)]

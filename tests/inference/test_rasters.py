@@ -246,9 +246,9 @@ def test_turned_pixels(tmp_path, values):
     exif[274] = 6
     Image.fromarray(np.moveaxis(values, 0, -1)).save(tmp_path / "a.tif", exif=exif)
     assert load_image(tmp_path / "a.tif").size == (90, 130)
-    assert open_raster(tmp_path / "a.tif") is None
+    assert open_raster(tmp_path / "a.tif") is None and open_raster(tmp_path / "a.tif", windows_above=0) is None
     with pytest.raises(ImageError, match="orientation tag is 6"):
-        open_raster(tmp_path / "a.tif", windows_above=0)
+        open_raster(tmp_path / "a.tif", RasterOptions(bands=[3, 2, 1]))
 
 
 def test_jpeg_2000(tmp_path, values):
