@@ -1,5 +1,6 @@
 from .bulk import SegmentationWorker, list_jobs
 from .frames import FrameSegmenter, segment_frames
+from .large import SegmentedFile
 from .predictor import EncodedImage, EncodedView, Predictor, PreparedImage
 from .segmentation import Segmentation
 from .segmenter import Segmenter
@@ -13,6 +14,7 @@ __all__ = [
     "PreparedImage",
     "Segmentation",
     "SegmentationWorker",
+    "SegmentedFile",
     "Segmenter",
     "Vocabulary",
     "VocabularyError",

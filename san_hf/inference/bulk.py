@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from san_hf.hub.names import EMBEDDED_MODEL
-from san_hf.images import ImageError, load_image
-from san_hf.inference.segmenter import Segmenter
+from san_hf.images import ImageError
+from san_hf.inference.segmenter import LoadedImage, Segmenter
 from san_hf.inference.vocabulary import ClassNames
 from san_hf.messages import one_line, printable
 from san_hf.paths import list_images, paths_for
+from san_hf.rasters import Raster
 
 
 def list_jobs(folder: str | os.PathLike, output: str | os.PathLike) -> list[dict[str, str]]:
@@ -78,17 +79,26 @@ class SegmentationWorker:
             ValueError, RuntimeError: of the model, such as memory that doesn't suffice.
         """
         images = [str(image) for image in batch["image"]]
-        errors, loaded = dict.fromkeys(images, ""), {}
+        errors: dict[str, str] = dict.fromkeys(images, "")
+        loaded: dict[str, LoadedImage | Raster] = {}
         for image in images:
             try:
-                loaded[image] = load_image(image)
+                loaded[image] = self.segmenter.load(image)
             except (ImageError, OSError) as error:
                 errors[image] = one_line(error)
-        segmentations = dict(zip(loaded, self.segmenter(list(loaded.values()), batch_size=max(len(loaded), 1))))
-        files = [
-            list(map(str, segmentations[image].save(stem, self.formats, image=printable(image), model=self.model)))
-            if image in segmentations
-            else []
-            for image, stem in zip(images, map(str, batch["output"]))
-        ]
+        whole = {image: one for image, one in loaded.items() if isinstance(one, LoadedImage)}
+        segmentations = dict(zip(whole, self.segmenter(list(whole.values()), batch_size=max(len(whole), 1))))
+        files: list[list[str]] = []
+        for image, stem in zip(images, map(str, batch["output"])):
+            facts, written = {"image": printable(image), "model": self.model}, []
+            if image in segmentations:
+                written = segmentations[image].save(stem, self.formats, **facts)
+            elif image in loaded:  # too large for memory, and read while it is segmented
+                try:
+                    written = self.segmenter.segment_file(
+                        loaded[image], stem, self.formats, progress=None, **facts
+                    ).files
+                except ImageError as error:
+                    errors[image] = one_line(error)
+            files.append([str(file) for file in written])
         return {"image": images, "files": files, "error": [errors[image] for image in images]}

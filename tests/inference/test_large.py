@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from san_hf import Segmenter
 from san_hf.cli import app
 from san_hf.images import ImageError
-from san_hf.inference import Segmentation
+from san_hf.inference import Segmentation, SegmentationWorker
 from san_hf.inference.windows import Windows
 from san_hf.rasters import Georeference, Raster
 from tests.cli.test_bounds import MEASURE
@@ -328,3 +328,21 @@ def test_peak_memory(tmp_path):
     assert peak * 1024 < 950e6
     with rasterio.open(tmp_path / "out" / "a.labels.tif") as dataset:
         assert (dataset.width, dataset.height) == (12_000, 9_000) and dataset.block_shapes == [(256, 256)]
+
+
+def test_worker(whole, small, pixels, tmp_path):
+    """Bulk jobs that read maps as photographs, or large images whole."""
+    write(tmp_path / "a.tif", pixels, **UTM)
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    (tmp_path / "c.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:50_000])
+    worker = SegmentationWorker(class_names=NAMES, formats=["npy", "geotiff"], tile=160)
+    images, stems = ([str(folder / name) for name in "abc"] for folder in (tmp_path, tmp_path / "out"))
+    images = [name + ending for name, ending in zip(images, (".tif", ".png", ".tif"))]
+    manifest = worker({"image": images, "output": stems})
+    assert [len(files) for files in manifest["files"]] == [4, 4, 0]
+    assert manifest["error"][:2] == ["", ""] and "read" in manifest["error"][2]
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "out" / "a.labels.npy"), np.load(tmp_path / "out" / "b.labels.npy")
+    )
+    with rasterio.open(tmp_path / "out" / "a.labels.tif") as dataset:
+        assert dataset.transform == UTM["transform"]
