@@ -16,6 +16,9 @@ from san_hf.messages import notify, printable
 from san_hf.modeling import SANImageProcessorPil
 
 
+_VIDEOS = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".wmv"}
+
+
 class ImageError(ValueError):
     """An image that can't be read; the message says why, and what to do."""
 
@@ -62,6 +65,8 @@ def load_image(source: "str | os.PathLike | bytes | Image.Image | np.ndarray | t
     except UnidentifiedImageError as error:
         size = len(file.getvalue()) if isinstance(file, io.BytesIO) else os.path.getsize(file)
         reason = "not an image, or of a format Pillow can't read" if size else "the file is empty"
+        if isinstance(file, str | os.PathLike) and os.path.splitext(file)[1].lower() in _VIDEOS:
+            reason = "a video, not an image: san-hf video segments those"
         raise ImageError(reason) from error
     # A broken file makes Pillow's readers fail in many ways: OSError, SyntaxError, struct.error, IndexError, ...
     except Exception as error:

@@ -321,6 +321,16 @@ def join_videos(parts: Sequence[Path], file: BinaryIO) -> None:
                         joined.mux(packet)
 
 
+def pyav_version() -> str:
+    """
+    The version of PyAV, and so of FFmpeg and its encoders.
+
+    Raises:
+        MissingPackageError: without the extra `video` (PyAV).
+    """
+    return _av().__version__
+
+
 def _av() -> ModuleType:
     return import_extra("av", "video", "Reading or writing videos")
 

@@ -153,18 +153,22 @@ def video(
         if done:
             show(f"{done * PART_FRAMES} frames are done already.")
         from san_hf.inference import FrameSegmenter
+        from san_hf.visualization import MAX_FRAME_LEGEND
 
         where = {**options, "colors": given_colors}
         segmenter = FrameSegmenter(load_segmenter(model, class_names, device, dtype.value, where), smooth)
         show_notes(segmenter.segmenter, model, wanted)
-        segment_parts(parts, done, segmenter, every, {"video": printable(source), "model": model})
+        if "overlay" in wanted and len(segmenter.segmenter.class_names) > MAX_FRAME_LEGEND:
+            show(f"No legend in the overlay of more than {MAX_FRAME_LEGEND} classes: --format json has their colours.")
+        with parts.begin(resume):
+            segment_parts(parts, done, segmenter, every, {"video": printable(source), "model": model})
 
 
 def open_parts(
     source: str, output: Path, fps: float | None, formats: list[str], settings: dict[str, Any]
 ) -> VideoParts:
     """The video's frames, and what its results are called."""
-    from san_hf.video import open_frames
+    from san_hf.video import open_frames, pyav_version
 
     frames = open_frames(source, None if fps is None else Fraction(fps).limit_denominator(1001), exclude=output)
     path = Path(source)
@@ -173,12 +177,10 @@ def open_parts(
     name = folder_name(path.stem if path.is_file() else path.name)
     facts = json_text([image_facts(file) for file in frames.files])
     settings = {**settings, "the source": facts if path.is_file() else sha256(facts.encode("utf-8")).hexdigest()}
-    parts = VideoParts(frames, output / name, formats, settings)
-    if parts.videos:
-        import av
-
-        parts.journal.settings["PyAV's version"] = av.__version__
-    return parts
+    if frames.rate is not None and {"overlay", "mask"} & {*formats}:
+        # Parts that another encoder wrote can't be joined.
+        settings["PyAV's version"] = pyav_version()
+    return VideoParts(frames, output / name, formats, settings)
 
 
 def segment_parts(parts: VideoParts, done: int, segmenter: "FrameSegmenter", every: int, facts: dict[str, Any]) -> None:

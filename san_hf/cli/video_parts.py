@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,13 +57,16 @@ class VideoParts:
 
     def existing(self) -> list[Path]:
         """What an earlier run has left or finished."""
-        return [path for path in (*self.files, *self.folders.values(), self.work) if path.exists()]
+        begun = [self.work] if self.journal.begun() else []
+        return [path for path in (*self.files, *self.folders.values()) if path.exists()] + begun
 
     @contextmanager
     def open(self, resume: bool) -> Iterator[int | None]:
         """
-        Makes ready to write, for `with`; no other process may meanwhile. Without `resume`, what an earlier run has left
-        is removed.
+        Looks what an earlier run has done, for `with`; no other process may write these results meanwhile.
+
+        Args:
+            resume: whether to go on with it.
 
         Yields:
             The number of parts that are complete; `None` if all results are.
@@ -73,20 +76,29 @@ class VideoParts:
             InUseError: another process writes these results.
         """
         self.work.mkdir(parents=True, exist_ok=True)
-        with locked(self.work / ".lock", f"Segmenting into '{printable(self.stem)}'"):
-            done = self.journal.resume() if resume else {}
-            if not resume:
-                for folder in self.folders.values():
-                    remove_files(folder, ["*.png"])
-                for path in (*self.work.glob("[0-9]*"), *self.files):
-                    path.unlink(missing_ok=True)
-            for folder in self.folders.values():
-                folder.mkdir(exist_ok=True)
-            finished = self.journal.is_done(done, self.frames.files[0], self._finished, self.files)
-            # Of a finished run the journal has a line for each part, and one for all.
-            finished = finished and self._count(done, with_videos=False) == len(done) - 1
-            with self.journal.open(keep=resume):
+        try:
+            with locked(self.work / ".lock", f"Segmenting into '{printable(self.stem)}'"):
+                done = self.journal.resume() if resume else {}
+                finished = self.journal.is_done(done, self.frames.files[0], self._finished, self.files)
+                # Of a finished run the journal has a line for each part, and one for all.
+                finished = finished and self._count(done, with_videos=False) == len(done) - 1
                 yield None if finished else self._count(done, with_videos=True)
+        finally:
+            with suppress(OSError):  # not empty
+                self.work.rmdir()
+
+    @contextmanager
+    def begin(self, resume: bool) -> Iterator[None]:
+        """Makes ready to write, for `with`; without `resume`, what an earlier run has left is removed."""
+        for folder in self.folders.values():
+            if not resume:
+                remove_files(folder, ["*.png"])
+            folder.mkdir(exist_ok=True)
+        if not resume:
+            for path in (*self.work.glob("[0-9]*"), *self.files):
+                path.unlink(missing_ok=True)
+        with self.journal.open(keep=resume):
+            yield
 
     def write(self, number: int, segmented: "Iterable[tuple[Frame, Segmentation]]") -> None:
         """

@@ -45,6 +45,7 @@ TESTED_ELSEWHERE = {
     "san_hf/hub/ADAPTERS.md": "tests/hub/test_adapters_page.py",
     "san_hf/hub/README.md": "tests/hub/test_push.py",
     "san_hf/inference/README.md": "tests/inference/test_bulk.py",
+    "san_hf/inference/VIDEO.md": "tests/inference/test_video_page.py",
     "san_hf/training/FINETUNING.md": "tests/training/test_finetuning_page.py",
     "san_hf/training/README.md": "tests/training/test_page.py",
 }
