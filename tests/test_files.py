@@ -19,6 +19,7 @@ from san_hf import files
 from san_hf.files import (
     json_text,
     new_file,
+    new_files,
     new_folder,
     remove_files,
     remove_folder,
@@ -286,6 +287,31 @@ def test_what_another_process_is_writing_stays(tmp_path):
         assert in_a_process(lambda: (remove_leftovers(tmp_path), os._exit(0))) == 0
         (folder / "inside").touch()
     assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == ["inside"]
+
+
+@posix_only
+def test_several_files_at_once(tmp_path):
+    """Catches half of several files, hidden ones that stay, and what a killed process leaves of them."""
+    write_file(tmp_path / "a", "old")
+    with pytest.raises(KeyboardInterrupt), new_files(tmp_path) as folder:
+        (folder / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+    def write_some():
+        with new_files(tmp_path) as folder:
+            (folder / "a").write_text("new")
+            kill_self()
+
+    assert in_a_process(write_some) == -signal.SIGKILL
+    with new_files(tmp_path) as folder:
+        for name in ("b", "a", ".scratch"):
+            (folder / name).write_text("new")
+        assert in_a_process(lambda: (remove_leftovers(tmp_path), os._exit(0))) == 0
+    assert names(tmp_path) == ["a", "b"] and (tmp_path / "a").read_text() == "new"
+    with new_files(tmp_path / "there" / "too") as folder:
+        (folder / "c").touch()
+    assert names(tmp_path / "there" / "too") == ["c"]
 
 
 def die_at(count: int, function, *arguments) -> None:

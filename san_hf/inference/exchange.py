@@ -4,7 +4,7 @@ Coordinates are those of Pillow and COCO: x to the right and y down, in pixels, 
 mask of the whole image is the rectangle from (0, 0) to (width, height). Pixels that are "other" belong to no class.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import shapely
     import supervision
 
+    from san_hf.inference.large import SegmentedFile
     from san_hf.inference.segmentation import Segmentation
 
 # Pixels, between corners of outlines that are moved to another map.
@@ -105,18 +106,80 @@ def to_coco(
             code: Any = [np.asarray(part.exterior.coords)[:-1].ravel().tolist() for part in parts]
         else:
             code = encode_mask(mask)
-        annotation = {
-            "id": len(annotations) + 1,
-            "image_id": image_id,
-            "category_id": entry["label"] + 1,
-            "segmentation": code,
-            "area": entry["pixels"],
-            "bbox": [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
-            "iscrowd": 0,
-        }
-        annotations.append(annotation | _score(segmentation, mask))
+        box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+        annotations.append(_annotation(entry, code, box, image_id) | _score(segmentation, mask))
+    return _coco_data_set(annotations, _classes(segmentation), segmentation, file_name, image_id)
+
+
+def coco_of_parts(
+    parts: Iterable[np.ndarray],
+    segmentation: "SegmentedFile",
+    classes: Sequence[Mapping[str, Any]],
+    file_name: str = "",
+) -> dict[str, Any]:
+    """
+    A data set of one image in COCO's format, with run-length codes. Memory grows with the outlines.
+
+    Args:
+        parts: of the label map from the left, (H, columns) uint8 or uint16 each.
+        segmentation: whose size and scores are those of the image.
+        classes: the legend's entries, without "other".
+        file_name: see [`Segmentation.to_coco`].
+
+    Raises:
+        ValueError: more pixels than COCO's codes can count.
+    """
+    from pycocotools import mask as coco_mask
+
+    size = segmentation.height, segmentation.width
+    if (total := size[0] * size[1]) >= 2**32:
+        raise ValueError(f"COCO's codes count up to {2**32 - 1:,} pixels, and this image has {total:,}: use geojson.")
+    # Runs of one label, down one column after the other.
+    starts, labels, offset = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    for part in parts:
+        pixels = part.T.ravel()
+        changes = np.concatenate([[0], np.flatnonzero(pixels[1:] != pixels[:-1]) + 1])
+        starts.append(changes + offset)
+        labels.append(pixels[changes].astype(np.int64))
+        offset += len(pixels)
+    all_starts, all_labels = np.concatenate(starts), np.concatenate(labels)
+    begins = np.append(True, all_labels[1:] != all_labels[:-1])  # where two parts meet, a run may go on
+    all_starts, all_labels = all_starts[begins], all_labels[begins]
+    ends = np.append(all_starts[1:], total)
+    annotations: list[dict[str, Any]] = []
+    for entry in classes:
+        if not entry["pixels"]:
+            continue
+        own = all_labels == entry["label"]
+        # How many are not, how many are, and so on.
+        edges = np.stack([all_starts[own], ends[own]], axis=1).ravel()
+        counts = np.diff(edges, prepend=0, append=[] if edges[-1] == total else total)
+        (code,) = coco_mask.frPyObjects([{"size": list(size), "counts": counts.tolist()}], *size)
+        box = [int(side) for side in coco_mask.toBbox(code)]
+        code = {"size": list(size), "counts": code["counts"].decode("ascii")}
+        scores = segmentation.scores
+        score = {"score": scores[entry["label"]]} if scores else {}
+        annotations.append(_annotation(entry, code, box, 1) | score)
+    return _coco_data_set(annotations, classes, segmentation, file_name, 1)
+
+
+def _annotation(entry: Mapping[str, Any], code: Any, box: list[int], image_id: int) -> dict[str, Any]:
+    """Of a class, without its number."""
+    facts = {"image_id": image_id, "category_id": entry["label"] + 1, "segmentation": code}
+    return {"id": 0, **facts, "area": entry["pixels"], "bbox": box, "iscrowd": 0}
+
+
+def _coco_data_set(
+    annotations: list[dict[str, Any]],
+    classes: Sequence[Mapping[str, Any]],
+    segmentation: "Segmentation | SegmentedFile",
+    file_name: str,
+    image_id: int,
+) -> dict[str, Any]:
+    for number, annotation in enumerate(annotations, 1):
+        annotation["id"] = number
     image = {"id": image_id, "file_name": file_name, "width": segmentation.width, "height": segmentation.height}
-    categories = [{"id": entry["label"] + 1, "name": entry["name"]} for entry in _classes(segmentation)]
+    categories = [{"id": entry["label"] + 1, "name": entry["name"]} for entry in classes]
     return {"images": [image], "annotations": annotations, "categories": categories}
 
 

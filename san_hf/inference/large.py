@@ -13,10 +13,10 @@ from PIL import Image
 
 from san_hf.colors import Color
 from san_hf.files import json_text, new_files, write_file
-from san_hf.inference.exchange import geojson_of, trace_labels
+from san_hf.inference.exchange import coco_of_parts, geojson_of, trace_labels
 from san_hf.inference.geotiff import TILE, new_label_tiff, open_tiff, tiff_profile, write_rows
 from san_hf.inference.segmentation import Segmentation, colors_of, legend_of
-from san_hf.inference.writers import NO_CONFIDENCE, WRITERS, write_categories, write_legend, write_overlay, writers_of
+from san_hf.inference.writers import NO_CONFIDENCE, write_categories, write_legend, write_overlay, writers_of
 from san_hf.rasters import CACHE_BYTES, Georeference
 from san_hf.visualization import UNLABELLED_COLOR, count_labels
 
@@ -75,6 +75,10 @@ class SegmentedFile:
         """See [`Segmentation.legend`]."""
         return legend_of(self.class_names, self.pixels, self.colors)
 
+    def classes(self) -> list[dict[str, Any]]:
+        """The legend without "other"."""
+        return self.legend()[: len(self.class_names) - self.expanded]
+
 
 class Scratch:
     """
@@ -129,6 +133,14 @@ class Scratch:
             segmented.scores = {label: float(sums[label] / segmented.pixels[label]) for label in present}
         names = segmented.class_names, segmented.expanded, segmented.given_colors
         self.drawn = Segmentation(image, np.concatenate(small), *names)
+
+    def columns(self) -> Iterator[np.ndarray]:
+        """The labels from the left, (H, columns)."""
+        from rasterio.windows import Window
+
+        with open_tiff(self.labels) as dataset:
+            for left in range(0, dataset.width, TILE):
+                yield dataset.read(1, window=Window(left, 0, min(TILE, dataset.width - left), dataset.height))
 
     def bands(self) -> Iterator[tuple[int, np.ndarray]]:
         """The labels from the top: numbers of the first rows, and (rows, W) labels."""
@@ -223,13 +235,11 @@ def check_formats(formats: Sequence[str], confidence: bool) -> None:
         confidence: whether there will be any.
 
     Raises:
-        ValueError: an unknown format, one that is not written in strips, or "confidence" without any.
+        ValueError: an unknown format, or "confidence" without any.
     """
     if "confidence" in formats and not confidence:
         raise ValueError(NO_CONFIDENCE)
-    if missing := writers_of(formats).keys() - WRITERS_OF_STRIPS.keys():
-        names = [name for name in formats if missing & WRITERS[name].keys()]
-        raise ValueError(f"Images that are segmented in strips can't be written as {', '.join(names)}.")
+    writers_of(formats)
 
 
 def _write_overlay(scratch: Scratch, path: Path, facts: Mapping[str, Any]) -> None:
@@ -282,17 +292,25 @@ def _write_geotiff(scratch: Scratch, path: Path, facts: Mapping[str, Any]) -> No
     with new_label_tiff(path, scratch.segmented, label_type(len(scratch.segmented.class_names))) as dataset:
         for top, labels in scratch.bands():
             write_rows(dataset, top, labels)
+    # Smaller copies, so that the whole is shown at once.
+    with open_tiff(path, "r+") as dataset:
+        longest = max(dataset.width, dataset.height)
+        dataset.build_overviews([2**level for level in range(1, 12) if longest > TILE * 2 ** (level - 1)])
+
+
+def _write_coco(scratch: Scratch, path: Path, facts: Mapping[str, Any]) -> None:
+    segmented, name = scratch.segmented, os.path.basename(str(facts.get("image", "")))
+    content = coco_of_parts(scratch.columns(), segmented, segmented.classes(), name)
+    write_file(path, json_text(content) + "\n")
 
 
 def _write_geojson(scratch: Scratch, path: Path, facts: Mapping[str, Any]) -> None:
     import rasterio
 
-    segmented = scratch.segmented
-    classes = segmented.legend()[: len(segmented.class_names) - segmented.expanded]
-    scores = segmented.scores
+    segmented, scores = scratch.segmented, scratch.segmented.scores
     properties = {
         entry["label"]: entry | ({"score": scores[entry["label"]]} if scores else {})
-        for entry in classes
+        for entry in segmented.classes()
         if entry["pixels"]
     }
     with open_tiff(scratch.labels) as dataset:
@@ -311,13 +329,14 @@ def _plain(write: Callable[..., None]) -> Callable[[Scratch, Path, Mapping[str, 
     return write_plain
 
 
-# The files of `WRITERS` that can be made of strips.
+# The same files as those of `WRITERS`.
 WRITERS_OF_STRIPS: dict[str, Callable[[Scratch, Path, Mapping[str, Any]], None]] = {
     ".overlay.png": _write_overlay,
     ".mask.png": _write_mask,
     ".json": _plain(write_legend),
     ".labels.png": _write_labels,
     ".confidence.png": _write_confidence,
+    ".coco.json": _write_coco,
     ".geojson": _write_geojson,
     ".labels.npy": _write_array,
     ".labels.tif": _write_geotiff,

@@ -15,6 +15,7 @@ from san_hf.cli import app
 from san_hf.images import ImageError
 from san_hf.inference import Segmentation, SegmentationWorker
 from san_hf.inference.windows import Windows
+from san_hf.inference.writers import WRITERS
 from san_hf.rasters import Georeference, Raster
 from tests.cli.test_bounds import MEASURE
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 shapely = pytest.importorskip("shapely", reason="needs shapely")
 NAMES = ["sky", "grass", "house", "tree", "water"]
 SAMPLE = "san_hf/checkpoints/picture-book/sample.png"
-ALL = ["overlay", "mask", "json", "png-labels", "npy", "confidence", "geojson", "geotiff"]
+ALL = list(WRITERS)
 UTM = {"crs": "EPSG:32632", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_500_000)}
 
 
@@ -88,8 +89,13 @@ def test_strips_are_the_whole(tile, overlap, whole, pixels, small, tmp_path):
     for stem in ("strips", "whole"):
         with rasterio.open(tmp_path / f"{stem}.labels.tif") as dataset:
             np.testing.assert_array_equal(dataset.read(1), expected.label_map)
+            assert dataset.overviews(1) == ([2, 4, 8] if stem == "strips" else [])
             assert dataset.nodata == 255 and dataset.tags(1)["class_2"] == "house"
             assert [dataset.colormap(1)[label][:3] for label in range(5)] == [*map(tuple, expected.colors.tolist())]
+    strips, once = (json.loads((tmp_path / f"{stem}.coco.json").read_text()) for stem in ("strips", "whole"))
+    for mine, other in zip(strips["annotations"], once["annotations"]):
+        assert mine.pop("score") == pytest.approx(other.pop("score"))
+    assert strips == once
     strips, once = (json.loads((tmp_path / f"{stem}.geojson").read_text())["features"] for stem in ("strips", "whole"))
     assert len(strips) == len(once) > 1
     for mine, other in zip(strips, once):
@@ -237,8 +243,8 @@ def test_what_can_not_be(whole, small, pixels, tmp_path, monkeypatch):
     """Formats that fail after hours; half of an image's files; whole images that fill the memory."""
     segmenter = in_windows(whole, 160)
     path = write(tmp_path / "a.tif", pixels)
-    with pytest.raises(ValueError, match="in strips can't be written as coco"):
-        segmenter.segment_file(path, tmp_path / "out" / "a", ["coco", "json"])
+    with pytest.raises(ValueError, match="Unknown formats"):
+        segmenter.segment_file(path, tmp_path / "out" / "a", ["jpeg", "json"])
     with pytest.raises(ValueError, match="no confidence"):
         segmenter.segment_file(path, tmp_path / "out" / "a", ["confidence"])
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
