@@ -156,16 +156,11 @@ def _as_raster(
                 f"its orientation tag is {orientation}, which isn't followed here: turn its pixels upright"
             )
         return None
-    if dataset.gcps[0] and not is_map_by_transform(dataset):
+    if dataset.gcps[0] and raster.georeference is None:
         notify(f"{printable(path)} is located by ground control points, which aren't carried over: warp it first.")
     if len(dataset.subdatasets) > 1:
         notify(f"{printable(path)} has {len(dataset.subdatasets)} pages or frames: the first is used.")
     return raster
-
-
-def is_map_by_transform(dataset: "rasterio.DatasetReader") -> bool:
-    """Whether a raster's pixels have places on a map by a transform."""
-    return not dataset.transform.is_identity
 
 
 class Raster:
@@ -186,7 +181,7 @@ class Raster:
         if self.width * self.height > MAX_PIXELS:
             raise ImageError(f"it has {self.width:,} x {self.height:,} pixels, expected at most {MAX_PIXELS:,} in all")
         self.georeference = None
-        if is_map_by_transform(dataset):
+        if not dataset.transform.is_identity:
             crs = None if dataset.crs is None else dataset.crs.to_wkt()
             self.georeference = Georeference(tuple(dataset.transform[:6]), crs)
         self._bands = _color_bands(dataset, options.bands)

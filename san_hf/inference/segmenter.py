@@ -177,8 +177,11 @@ class Segmenter:
             image, valid = raster.whole()
         return self._prepared(image, valid, raster.georeference)
 
-    def _prepared(self, image: Image.Image, *place: Any) -> LoadedImage:
-        return LoadedImage(image, None if self.windows is not None else self.predictor.prepare(image), *place)
+    def _prepared(
+        self, image: Image.Image, valid: np.ndarray | None = None, georeference: Georeference | None = None
+    ) -> LoadedImage:
+        prepared = None if self.windows is not None else self.predictor.prepare(image)
+        return LoadedImage(image, prepared, valid, georeference)
 
     @property
     def _strips_above(self) -> int | None:
@@ -204,7 +207,8 @@ class Segmenter:
         Args:
             images: an image, a list or tuple of images, or an iterator of images. An image is a file that Pillow
                 reads, turned upright by its EXIF orientation; a URL; or a PIL image, an array or a tensor, taken as it
-                is: see [`san_hf.images.load_image`]. Or what [`Segmenter.load`] made of one.
+                is: see [`san_hf.images.load_image`]. Maps in TIFF or JPEG 2000 files are read by rasterio, with their
+                georeference: see [`san_hf.rasters.open_raster`]. Or what [`Segmenter.load`] made of one.
             batch_size: images of a list or iterator that are read at a time; those of one shape go through the model
                 together.
 

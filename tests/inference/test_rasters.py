@@ -251,6 +251,17 @@ def test_turned_pixels(tmp_path, values):
         open_raster(tmp_path / "a.tif", RasterOptions(bands=[3, 2, 1]))
 
 
+def test_ground_control_points_are_said(tmp_path, values):
+    """A place on a map that is lost without a word."""
+    points = [
+        rasterio.control.GroundControlPoint(row, column, 9 + column / 100, 50 - row / 100)
+        for row, column in ((0, 0), (0, 130), (90, 0), (90, 130))
+    ]
+    path = write(tmp_path / "a.tif", values, photometric="rgb", gcps=points, crs="EPSG:4326")
+    with pytest.warns(Notice, match="ground control points"):
+        np.testing.assert_array_equal(read(path)[0], values)
+
+
 def test_jpeg_2000(tmp_path, values):
     """A format that Sentinel's images have."""
     path = write(tmp_path / "a.jp2", values, driver="JP2OpenJPEG", quality=100, reversible="yes", **UTM)
