@@ -7,7 +7,7 @@ import numpy as np
 from photos import draw_photo
 
 from san_hf.export import ExportedVision, export_model
-from san_hf.inference import Predictor
+from san_hf.inference import Predictor, Vocabulary
 
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def make_predictor(setup: "Setup") -> Predictor:
     folder = Path(setup.options.scratch, f"{setup.name}-{setup.runtime}")
     if not folder.exists():
         images = [draw_photo(np.random.default_rng(1 + number), 8, setup.sizes.input)[0] for number in range(4)]
-        int8 = "activations" if bits else None
-        export_model(setup.model, setup.processor, folder, target=target, int8=int8, images=images if bits else ())
+        vocabulary = Vocabulary(tuple("abcdefgh"), setup.random_embeds(8), 8)
+        calibrated = {"int8": "activations", "images": images, "vocabulary": vocabulary} if bits else {}
+        export_model(setup.model, setup.processor, folder, target=target, **calibrated)
     return Predictor(setup.model, setup.processor, runtime=ExportedVision(folder, target))

@@ -7,6 +7,7 @@ import torch
 
 from san_hf.modeling import fast_linear_san
 from san_hf.modeling.fast_linear_san import MAX_ERROR, fast_linear, is_exact, small_products
+from tests.tiny import segmenting_model
 
 
 def setting() -> str:
@@ -133,3 +134,34 @@ def test_results_are_float32_s():
     with fast_linear("cpu"):
         got = torch.nn.functional.linear(inputs, weight)
     assert (got - expected).abs().max() / expected.abs().max() <= MAX_ERROR
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_of_half_precision(exact, dtype, monkeypatch):
+    """Catches attention that stays in half precision where float32 is faster, or float32 where it costs memory."""
+    model = segmenting_model().to(dtype)
+    attended = []
+    inner = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(query, *args, **kwargs):
+        attended.append((query.dtype, query.shape[2]))
+        return inner(query, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    pixels = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tokens = 8 * 12 + model.config.num_queries
+
+    def dtypes_of_the_adapter():
+        attended.clear()
+        output = model.encode_images(pixels).masks_queries_logits
+        assert output.dtype == dtype
+        return {used for used, count in attended if count == tokens}
+
+    with torch.inference_mode():
+        assert dtypes_of_the_adapter() == {torch.float32}
+        monkeypatch.setattr(fast_linear_san, "measure_error", lambda: 1e-2)
+        is_exact.cache_clear()
+        assert dtypes_of_the_adapter() == {dtype}
+    is_exact.cache_clear()
+    monkeypatch.setattr(fast_linear_san, "measure_error", lambda: MAX_ERROR / 10)
+    assert dtypes_of_the_adapter() == {dtype}
