@@ -230,6 +230,12 @@ class Raster:
         left, top, right, bottom = box
         return Image.fromarray(np.ascontiguousarray(self.rows(slice(top, bottom))[0][:, left:right]))
 
+    def has_data(self, box: tuple[int, int, int, int]) -> bool:
+        """Whether a pixel of a rectangle has data: (left, top, right, bottom), as for `crop`."""
+        left, top, right, bottom = box
+        valid = self.rows(slice(top, bottom))[1]
+        return valid is None or bool(valid[:, left:right].any())
+
     def whole(self) -> tuple[Image.Image, np.ndarray | None]:
         """
         All of the image, 8-bit RGB; and which of its pixels have data: see [`Raster.rows`].

@@ -302,7 +302,8 @@ class Predictor:
             batch_size: windows that go through the model together.
 
         Yields:
-            From the top, rows of the image and their pixels, on the CPU.
+            From the top, rows of the image and their pixels, on the CPU. Windows of a raster that have no data don't go
+            through the model: what they cover has the label 0.
         """
         if self.augment:
             raise ValueError("Windows and test-time augmentation don't go together: expected augment=False.")
@@ -310,21 +311,31 @@ class Predictor:
         classifier = self.model.build_classifier(class_embeds=vocabulary.class_embeds)
         rows, columns = windows.along(image.height), windows.along(image.width)
 
-        def predict_row(row: Side) -> list[MaskPrediction]:
-            boxes = [(side.place.start, row.place.start, side.place.stop, row.place.stop) for side in columns]
-            batches = [boxes[first : first + batch_size] for first in range(0, len(boxes), batch_size)]
+        def predict_row(row: Side) -> dict[int, MaskPrediction]:
+            boxes = {
+                number: (side.place.start, row.place.start, side.place.stop, row.place.stop)
+                for number, side in enumerate(columns)
+            }
+            if isinstance(image, Raster):
+                boxes = {number: box for number, box in boxes.items() if image.has_data(box)}
+            places = list(boxes.values())
+            batches = [places[first : first + batch_size] for first in range(0, len(places), batch_size)]
             encoded = [window for batch in batches for window in self.encode([image.crop(box) for box in batch])]
-            return [
-                prediction for window in encoded for prediction in self._predict_masks(window, vocabulary, classifier)
-            ]
+            predictions = (self._predict_masks(window, vocabulary, classifier)[0] for window in encoded)
+            return dict(zip(boxes, predictions))
 
-        held: dict[int, list[MaskPrediction]] = {}
+        held: dict[int, dict[int, MaskPrediction]] = {}
         for row_cell in cells_of(rows, STRIP_ROWS):
-            held = {number: held.get(number) or predict_row(rows[number]) for number in row_cell.windows}
+            held = {
+                number: held[number] if number in held else predict_row(rows[number]) for number in row_cell.windows
+            }
             height = row_cell.place.stop - row_cell.place.start
-            labels = torch.empty(height, image.width, dtype=dtype)
-            confidence = torch.empty(height, image.width) if return_confidence else None
+            labels = torch.zeros(height, image.width, dtype=dtype)
+            confidence = torch.zeros(height, image.width) if return_confidence else None
             for column_cell in cells_of(columns):
+                # All of a window without data is without, whatever other windows see of it.
+                if any(number not in predictions for predictions in held.values() for number in column_cell.windows):
+                    continue
                 views = [
                     blend_part(predictions[number], rows[row_number], row_cell, columns[number], column_cell)
                     for row_number, predictions in held.items()
@@ -341,7 +352,7 @@ class Predictor:
                 if confidence is not None and pixels.confidence is not None:
                     confidence[:, column_cell.place] = pixels.confidence.cpu()
             if self.model.device.type != "cpu":
-                for prediction in chain.from_iterable(held.values()):
+                for prediction in chain.from_iterable(predictions.values() for predictions in held.values()):
                     prediction.check()
             yield row_cell.place, LabelledPixels(labels, confidence)
 

@@ -16,6 +16,7 @@ from san_hf.images import ImageError
 from san_hf.inference import Segmentation, SegmentationWorker
 from san_hf.inference.windows import Windows
 from san_hf.inference.writers import WRITERS
+from san_hf.modeling import SANModel
 from san_hf.rasters import Georeference, Raster
 from tests.cli.test_bounds import MEASURE
 
@@ -215,6 +216,30 @@ def test_no_data_is_no_class(strips, whole, pixels, tmp_path, monkeypatch):
         segmentation = segmenter(path)
         assert sum(mask.sum() for mask in segmentation.masks().values()) == (~missing).sum()
         assert sum(entry["area"] for entry in segmentation.to_coco()["annotations"]) == (~missing).sum()
+
+
+def test_windows_without_data_are_passed_over(whole, small, pixels, tmp_path, monkeypatch):
+    """Hours of work on a scene's empty border; pixels with data that lose what an empty neighbour would add."""
+    seen, forward = [], SANModel.forward
+
+    def count(self, pixel_values, *args, **kwargs):
+        seen.append(len(pixel_values))
+        return forward(self, pixel_values, *args, **kwargs)
+
+    missing = np.zeros(pixels.shape[:2], bool)
+    missing[:, :330] = missing[:150] = True
+    values = np.where(missing[..., None], 0, pixels.clip(1)).astype(np.uint8)
+    path = write(tmp_path / "a.tif", values, nodata=0, **UTM)
+    segmenter = in_windows(whole, 100, 50, confidence=True)
+    white = Image.fromarray(np.where(missing[..., None], 255, values).astype(np.uint8))
+    expected = segmenter(white)
+    monkeypatch.setattr(SANModel, "forward", count)
+    segmenter.segment_file(path, tmp_path / "a", ["npy", "confidence"])
+    assert sum(seen) == 4 * 2  # of 6 x 7, those whose right and lower edges lie beyond the border
+    labels = np.load(tmp_path / "a.labels.npy")
+    np.testing.assert_array_equal(labels, np.where(missing, 255, expected.label_map))
+    confidence = np.asarray(Image.open(tmp_path / "a.confidence.png"))
+    np.testing.assert_allclose(confidence[~missing] / 65535, expected.confidence[~missing], atol=1e-4)
 
 
 def test_names_for_other_programs(whole, pixels, tmp_path):
