@@ -258,17 +258,21 @@ def segmented_and_saved(
                 image = future.result()
                 if isinstance(image, LoadedImage):
                     yield path, stem, segmenter(image)
-                else:  # too large for memory, and written while it is segmented
+                else:
+                    # Too large for memory, and written while it is segmented. As that takes long, what is `None` lets
+                    # the results before it go on their way, and then its own.
+                    yield path, stem, None
                     facts = {"image": printable(path), "model": model}
                     with row_progress(printable(os.path.basename(path)), bar) as progress:
                         segmented = segmenter.segment_file(image, stem, formats, progress=progress, **facts)
                     yield path, stem, segmented
+                    yield path, stem, None
             except EXPECTED_ERRORS as error:
                 yield path, stem, error
 
     def save(segmented: tuple[str, Path, Any]) -> list[Path]:
         path, stem, segmentation = segmented
-        if isinstance(segmentation, Exception):
+        if segmentation is None or isinstance(segmentation, Exception):
             return []
         if isinstance(segmentation, SegmentedFile):
             return segmentation.files
@@ -277,7 +281,8 @@ def segmented_and_saved(
     loaded = run_ahead(lambda job: segmenter.load(open_source(job[0])), jobs, 1)
     for (path, stem, segmentation), future in run_ahead(save, segment(loaded), 1):
         try:
-            yield path, stem, segmentation, future.result()
+            if segmentation is not None:
+                yield path, stem, segmentation, future.result()
         except EXPECTED_ERRORS as error:
             yield path, stem, error, []
 

@@ -361,6 +361,29 @@ def test_peak_memory(tmp_path):
         assert (dataset.width, dataset.height) == (12_000, 9_000) and dataset.block_shapes == [(256, 256)]
 
 
+def test_resumed_after_the_first_of_two(small, pixels, tmp_path, monkeypatch):
+    """A large image that is complete, and done again because the next one was interrupted."""
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        write(tmp_path / "in" / f"{name}.tif", pixels)
+    command = ["segment", str(tmp_path / "in"), "--classes", ",".join(NAMES), "--tile", "200", "-f", "geotiff"]
+    command += ["-o", str(tmp_path / "out"), "--resume"]
+    segment_file, stems = Segmenter.segment_file, []
+
+    def interrupted(self, opened, stem, /, *arguments, **options):
+        stems.append(stem.name)
+        if stems == ["a", "b"]:
+            raise KeyboardInterrupt
+        return segment_file(self, opened, stem, *arguments, **options)
+
+    monkeypatch.setattr(Segmenter, "segment_file", interrupted)
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 130 and "Interrupted: 1 of 2 images are done" in done.output
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and "1 of 2 images are done already" in done.output
+    assert stems == ["a", "b", "b"]
+
+
 def test_worker(whole, small, pixels, tmp_path):
     """Bulk jobs that read maps as photographs, or large images whole."""
     write(tmp_path / "a.tif", pixels, **UTM)
