@@ -290,15 +290,21 @@ class VideoWriter:
             )
         frame = self._av.VideoFrame.from_image(image).reformat(format="yuv420p", dst_colorspace="ITU709")
         frame.pts, frame.time_base = round(time / self._time_base), self._time_base
-        self._container.mux(self._stream.encode(frame))
+        self._mux(self._stream.encode(frame))
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None and self._stream is not None:
-            self._container.mux(self._stream.encode(None))
+            self._mux(self._stream.encode(None))
         self._container.close()
+
+    def _mux(self, packets: Sequence[Any]) -> None:
+        for packet in packets:
+            # Players leave out a last frame that lasts no time.
+            packet.duration = packet.duration or max(1, round(1 / (self._rate * packet.time_base)))
+            self._container.mux(packet)
 
 
 def join_videos(parts: Sequence[Path], file: BinaryIO) -> None:
@@ -311,7 +317,7 @@ def join_videos(parts: Sequence[Path], file: BinaryIO) -> None:
     """
     av = _av()
     with av.open(file, "w", format="mp4") as joined:
-        stream = None
+        stream, before = None, 0
         for part in parts:
             with av.open(f"file:{os.path.abspath(part)}") as container:
                 source = container.streams.video[0]
@@ -320,6 +326,8 @@ def join_videos(parts: Sequence[Path], file: BinaryIO) -> None:
                 for packet in container.demux(source):
                     if packet.dts is not None:  # the last one is empty
                         packet.stream = stream
+                        packet.duration = packet.duration or max(1, packet.dts - before)
+                        before = packet.dts
                         joined.mux(packet)
 
 

@@ -129,15 +129,15 @@ def test_files_that_are_cut_off(tmp_path):
     assert 20 < len(read) < 60
 
 
-@pytest.mark.parametrize("size", [(48, 32), (47, 31)])
-def test_writing_in_parts(tmp_path, size):
+@pytest.mark.parametrize("size, rate", [((48, 32), 25), ((47, 31), 25), ((48, 32), 1000)])
+def test_writing_in_parts(tmp_path, size, rate):
     """Catches joined parts that are encoded again, lose frames or times, or have other colours; odd sizes refused."""
     images = noise(6, size)
     times = [Fraction(tick, 1000) for tick in (0, 40, 50, 190, 200, 1000)]
     parts = []
     for first in (0, 4):
         parts.append(tmp_path / f"{first}.part")
-        with open(parts[-1], "wb") as file, VideoWriter(file, Fraction(1, 1000), Fraction(25), PART_FORMAT) as writer:
+        with open(parts[-1], "wb") as file, VideoWriter(file, Fraction(1, 1000), Fraction(rate), PART_FORMAT) as writer:
             for image, time in list(zip(images, times))[first : first + 4]:
                 writer.write(image, time)
     with open(tmp_path / "joined.mp4", "wb") as file:
