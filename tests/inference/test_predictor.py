@@ -231,7 +231,7 @@ def test_images_that_cannot_be_read(model, processor, tmp_path):
         (tmp_path / "empty.png", "the file is empty"),
         (np.zeros((5, 5, 2), np.uint8), "can't be read"),
         (np.full((5, 5, 3), 300.0), "expected 0..255"),
-        ("http://127.0.0.1:9/photo.png", "can't be read"),
+        ("http://127.0.0.1:9/photo.png", "can't be fetched"),
     ):
         with pytest.raises(ImageError, match=message):
             segmenter(image)
