@@ -28,6 +28,7 @@ from san_hf.app.views import (
 )
 from san_hf.devices import OUT_OF_MEMORY
 from san_hf.extras import import_extra
+from san_hf.hub.names import EMBEDDED_MODEL, EMBEDDED_NOTE
 from san_hf.messages import one_line, printable
 from san_hf.vocabularies import VOCABULARIES
 
@@ -65,6 +66,8 @@ def build_interface(models: Models, limits: Limits, examples: Sequence[str] | No
     page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(limits.file_age // 4, limits.file_age))
     with page:
         gr.Markdown(f"# {TITLE}\nThe picture is encoded once; other words get their answer without another look at it.")
+        if EMBEDDED_MODEL in models.names:
+            gr.Markdown(EMBEDDED_NOTE, elem_id="note")
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(

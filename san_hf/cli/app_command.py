@@ -10,8 +10,7 @@ from rich.text import Text
 
 from san_hf.cli.console import fail, quiet_libraries, show
 from san_hf.cli.options import MODEL_HELP, DeviceOption, Precision, PrecisionOption
-from san_hf.cli.segment import EMBEDDED_NOTE
-from san_hf.hub.names import EMBEDDED_MODEL
+from san_hf.hub.names import EMBEDDED_MODEL, EMBEDDED_NOTE
 from san_hf.messages import printable
 from san_hf.paths import list_images
 

@@ -53,7 +53,7 @@ from san_hf.cli.vocabulary_options import (
     expansion_of_option,
     templates_of_options,
 )
-from san_hf.hub.names import EMBEDDED_MODEL
+from san_hf.hub.names import EMBEDDED_MODEL, EMBEDDED_NOTE
 from san_hf.inference.writers import FORMATS, output_files
 from san_hf.messages import join_some, printable
 from san_hf.paths import expand_path, paths_for
@@ -70,11 +70,6 @@ if TYPE_CHECKING:
 
 # What an image, a model's outputs or a disk may cause; other errors are ours.
 EXPECTED_ERRORS = (OSError, ValueError, RuntimeError, MemoryError)
-
-EMBEDDED_NOTE = (
-    "Model: picture-book, a tiny one that comes with the package to prove the pipeline. It knows simple drawn scenes "
-    "and nothing else; for photographs use --model san-vit-b-16 or your own."
-)
 
 Format = Enum("Format", {name: name for name in FORMATS}, type=str)  # type: ignore[misc]  # dynamic
 

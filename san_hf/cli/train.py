@@ -62,7 +62,7 @@ def train(
     status = 0
     quiet_libraries()
     try:
-        settings = load_config(config, overrides or [])
+        settings = load_config(config, overrides or [], to_show=show)
         if show:
             typer.echo(describe(settings))
             return

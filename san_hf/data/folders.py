@@ -14,7 +14,7 @@ from san_hf.messages import join_some, notify, one_line, printable
 from san_hf.paths import ImageListing, list_images
 
 from .errors import DataError
-from .splits import take_split
+from .splits import OTHER_NAMES, take_split
 
 
 # What the two folders are usually called: our own, ADE20K's, mmsegmentation's, and others'.
@@ -53,7 +53,7 @@ def open_folders(
 
     Args:
         source: the folder.
-        split: a split's name, or parts such as "train[:80%]".
+        split: a split's name, or parts such as "train[:80%]"; "validation" is also what is called "val", and the like.
         image_folder, label_folder: what the two folders are called, if not as usual.
 
     Returns:
@@ -65,13 +65,17 @@ def open_folders(
     splits = find_splits(source, image_folder, label_folder)
     if not splits:
         return None
+    known = dict(splits)
+    for name, others in OTHER_NAMES.items():
+        if name not in known and (present := [splits[other] for other in others if other in splits]):
+            known[name] = present[0]
     hint = ""
     if list(splits) == [ONLY_SPLIT] and splits[ONLY_SPLIT].listed_in is None:
         hint = (
             f" Take parts of it, such as {ONLY_SPLIT}[:80%] and {ONLY_SPLIT}[80%:], or have a share set aside for "
             "validation: data.validation_split=0.1 in training, --validation-split 0.1 in evaluation."
         )
-    return take_split(split, splits, lambda name: _pair_files(splits[name]), f"'{printable(source)}'", hint)
+    return take_split(split, known, lambda name: _pair_files(known[name]), f"'{printable(source)}'", hint)
 
 
 def find_splits(

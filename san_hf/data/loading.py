@@ -23,7 +23,7 @@ from .folders import IMAGE_FOLDERS, LABEL_FOLDERS, open_folders
 from .label_checks import check_labels
 from .palettes import load_palette
 from .parquet_files import check_parquet
-from .splits import split_names, take_split
+from .splits import OTHER_NAMES, split_names, take_split
 
 
 # What describes a prepared data set, beside its data/*.parquet.
@@ -275,6 +275,7 @@ def _undecoded(dataset):
 
 
 def _class_files(source: Path, split: str) -> Iterator[Path]:
-    for folder in (*(source / name for name in split_names(split)), source):
+    names = [other for name in split_names(split) for other in (name, *OTHER_NAMES.get(name, ()))]
+    for folder in (*(source / name for name in names), source):
         for name in CLASS_FILES:
             yield folder / name

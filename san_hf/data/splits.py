@@ -19,6 +19,8 @@ from .errors import DataError
 if TYPE_CHECKING:
     from .dataset import SegmentationDataset
 
+# What a folder's "train" and "validation" may also be called, as for `datasets`.
+OTHER_NAMES = {"train": ("training",), "validation": ("val", "valid", "dev")}
 # Bytes at the start, the middle and the end of a file: two files of equal size that differ are told apart by these
 # alone, but for few.
 _SAMPLE = 2048

@@ -18,6 +18,8 @@ from san_hf.paths import expand_path
 from .config import ConfigError, TrainingConfig, fields, is_resumable, suggest, value_at
 
 
+# Stands where a value has to be given, in a configuration that is only shown.
+REQUIRED = "REQUIRED"
 # Of a configuration, aliases written out.
 MOST_VALUES, MOST_BYTES = 10_000, 1_000_000
 RECIPES = Path(__file__).parent / "recipes"
@@ -43,7 +45,9 @@ def find_recipe(name: str | Path) -> Path:
     )
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> TrainingConfig:
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, to_show: bool = False
+) -> TrainingConfig:
     """
     Reads a configuration.
 
@@ -52,6 +56,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             to it, that it changes.
         overrides: "section.key=value" with the value in YAML, such as "optimizer.learning_rate=5e-5" or
             "model.san_config={num_queries: 50}". They win over the file.
+        to_show: what has to be given and isn't is `REQUIRED`, no error.
 
     Raises:
         ConfigError: a file that can't be read, a key that isn't known or is missing, or a value of the wrong kind.
@@ -68,6 +73,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         for part in reversed(key.strip().split(".")):
             change = {part: change}
         values = _merge(values, change)
+    if to_show:
+        values = _merge({"output": REQUIRED, "data": {"source": REQUIRED}, "model": {}}, values)
+        if isinstance(values["model"], dict) and not {"checkpoint", "clip"} & values["model"].keys():
+            values = _merge(values, {"model": {"checkpoint": REQUIRED}})
     try:
         return TrainingConfig.model_validate(values)
     except ValidationError as error:

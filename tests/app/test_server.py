@@ -12,13 +12,14 @@ from PIL import Image
 
 from san_hf.app.limits import Limits
 from san_hf.app.requests import MOST_BYTES, names_no_upload
+from san_hf.hub.names import EMBEDDED_MODEL, EMBEDDED_NOTE
 from san_hf.inference import Segmenter
 from tests.app.visitor import Visitor
 
 
 pytest.importorskip("gradio", reason="gradio isn't installed: pip install 'san_hf[app]'")
 
-from san_hf.app.interface import launched
+from san_hf.app.interface import build_interface, launched
 
 
 LIMITS = Limits(pixels=100 * 64, upload=50_000, names=10)
@@ -37,6 +38,13 @@ def shown(visitor: Visitor, values: list) -> np.ndarray:
     (file := Path(os.environ["GRADIO_TEMP_DIR"]) / "shown.png").write_bytes(answer.content)
     with Image.open(file) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def test_what_the_embedded_model_is_for(models, predictor):
+    """Catches visitors who give it photographs, and take the answer for the method's."""
+    assert EMBEDDED_NOTE not in str(build_interface(models, LIMITS).get_config_file())
+    models.add(EMBEDDED_MODEL, predictor)
+    assert EMBEDDED_NOTE in str(build_interface(models, LIMITS).get_config_file())
 
 
 def test_a_visit(page, predictor, pictures, passes):

@@ -55,6 +55,8 @@ def test_splits_of_every_layout(tmp_path, layout):
             list_file.write_text("\n".join(names))
     assert names_of(tmp_path, first) == ["a", "b", "c"] and names_of(tmp_path, second) == ["d"]
     assert names_of(tmp_path, f"{first}[1:]+{second}") == ["b", "c", "d"]
+    # By the names that options have by default, too.
+    assert names_of(tmp_path, "train[:2]+validation") == ["a", "b", "d"]
     for wrong in ("vlidation", "nothing[:50%]", ".."):
         with pytest.raises(DataError, match=f"has no split '.*', expected one of {first}, {second}"):
             load_segmentation_dataset(tmp_path, wrong)

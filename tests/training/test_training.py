@@ -585,6 +585,11 @@ def test_command(root, tmp_path):
     assert result.exit_code == 0
     assert "optimizer.learning_rate=0.001\n" in result.output
     assert not (tmp_path / "run").exists()
+    result = run_command("--config", "finetune", "--show")
+    assert result.exit_code == 0
+    assert "data.source=REQUIRED\n" in result.output and "model.checkpoint=san-vit-b-16\n" in result.output
+    result = run_command("--show", "training.steps=3")
+    assert "model.checkpoint=REQUIRED\n" in result.output and "training.steps=3\n" in result.output
     result = run_command("--help")
     assert "data.source=FOLDER" in result.output
     assert "--resume" in result.output
