@@ -113,7 +113,7 @@ def complete_with_base(
     Args:
         config: the adapter's; it names the base and its digest.
         adapter_file: path of its `side_adapter.safetensors`.
-        base_model: where the base is, if not where the configuration says.
+        base_model: where the base is, if neither where the configuration says nor, of a folder, beside the adapter's.
         **hub_options: `cache_dir`, `token`, `local_files_only`, ... for the base.
 
     Raises:
@@ -127,6 +127,15 @@ def complete_with_base(
             "one with base_model=."
         )
     revision = config.base_model_revision if base_model is None else None
+    if os.path.isabs(name) and not os.path.isdir(name):
+        # Both folders have moved together, perhaps to another machine. The digest tells whether it is the same CLIP.
+        beside = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(adapter_file))), os.path.basename(name))
+        if base_model is not None or not os.path.isdir(beside):
+            raise OSError(
+                f"'{adapter_file}' is a side adapter on the CLIP in the folder '{name}', which isn't here. Put that "
+                f"folder where it was or beside the adapter's ('{beside}'), or say where it is with base_model=."
+            )
+        name = beside
     try:
         clip = load_base(name, revision=revision, **hub_options)
     except OSError as error:

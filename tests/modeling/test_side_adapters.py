@@ -167,6 +167,16 @@ def test_a_base_that_moved(model, adapter, base, inputs, tmp_path):
         SANForSemanticSegmentation.from_pretrained(tmp_path / "adapter")
     loaded = SANForSemanticSegmentation.from_pretrained(tmp_path / "adapter", base_model=str(moved))
     assert_equal(outputs_of(loaded, **inputs), outputs_of(model, **inputs))
+    # Beside the adapter's folder it is found by itself, if it is that base.
+    shutil.copytree(base, tmp_path / "gone")
+    config["base_model_name_or_path"] = str(tmp_path / "elsewhere" / "gone")
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(config))
+    loaded = SANForSemanticSegmentation.from_pretrained(tmp_path / "adapter")
+    assert_equal(outputs_of(loaded, **inputs), outputs_of(model, **inputs))
+    shutil.rmtree(tmp_path / "gone")
+    save_clip(tmp_path / "gone", seed=9)
+    with pytest.raises(ValueError, match="SHA-256"):
+        SANForSemanticSegmentation.from_pretrained(tmp_path / "adapter")
 
 
 def test_a_trained_clip_is_refused(base, tmp_path):

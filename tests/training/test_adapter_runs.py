@@ -80,7 +80,7 @@ def test_a_run_of_adapters_is_the_same_run(root, whole, tmp_path, processes):
 def test_refused_before_the_first_step(root, tmp_path):
     """A run whose end can't be written, found at its end."""
     for overrides, message in (
-        ((), r"base_model=.*\(model\.base\)"),
+        ((), r"checkpoints\.adapter_only: .*model\.base=openai/clip"),
         ((f"model.base={tmp_path / 'none'}",), r"none.*\(model\.base\)"),
         (("model.freeze_clip=false",), r"checkpoints\.adapter_only.*freeze_clip"),
     ):
