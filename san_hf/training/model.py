@@ -84,9 +84,9 @@ def check_base(model: SANForSemanticSegmentation, section: ModelSection, reposit
     """
     if section.base is None and model.config.base_model_name_or_path is None:
         raise ConfigError(
-            "checkpoints.adapter_only: this checkpoint doesn't say which CLIP it was made from. Name it by model.base, a "
-            "folder or a repository, such as model.base=openai/clip-vit-base-patch16 for san-vit-b-16, or save whole "
-            "models (checkpoints.adapter_only=false)."
+            "checkpoints.adapter_only: this checkpoint doesn't say which CLIP it was made from. Name it, a folder or a "
+            "repository, such as model.base=openai/clip-vit-base-patch16 for san-vit-b-16, or save whole models "
+            "(checkpoints.adapter_only=false)."
         )
     try:
         model.set_base_model(None if section.base is None else expand_path(section.base))
