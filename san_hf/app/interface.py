@@ -37,6 +37,7 @@ SAMPLE = resources.files("san_hf") / "checkpoints" / "picture-book" / "sample.pn
 # The script of a part of the page that isn't shown; that part's value never becomes HTML.
 HOVER = (resources.files("san_hf") / "app" / "hover.js").read_text(encoding="utf-8")
 TITLE = "Name it, and see where it is"
+TEXT = f"# {TITLE}\nThe picture is encoded once; other words get their answer without another look at it."
 EXPANSION_CHOICES = [("nothing", ""), ("COCO-Stuff's 171 classes", "coco"), ("its 91 stuff classes", "coco-stuff")]
 # Addresses of this machine alone.
 LOOPBACK = ["127.0.0.1", "localhost"]
@@ -65,9 +66,7 @@ def build_interface(models: Models, limits: Limits, examples: Sequence[str] | No
     sessions = Sessions(limits)
     page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(limits.file_age // 4, limits.file_age))
     with page:
-        gr.Markdown(f"# {TITLE}\nThe picture is encoded once; other words get their answer without another look at it.")
-        if EMBEDDED_MODEL in models.names:
-            gr.Markdown(EMBEDDED_NOTE, elem_id="note")
+        gr.Markdown(TEXT + (f"\n\n{EMBEDDED_NOTE}" if EMBEDDED_MODEL in models.names else ""))
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(
