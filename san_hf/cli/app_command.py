@@ -31,15 +31,20 @@ def run_app(
         Path | None,
         typer.Option(metavar="FOLDER", show_default=False, help="Pictures to offer; by default a drawn one."),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to listen; 0 for any free port.")] = 7860,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="PORT", help="Where to listen; 0 for any free port.")
+    ] = 7860,
     host: Annotated[
         str,
         typer.Option(
+            metavar="ADDRESS",
             help="The address to listen at. The default is this machine alone; 0.0.0.0 lets in everybody who can reach "
-            "it, without a password."
+            "it, without a password.",
         ),
     ] = "127.0.0.1",
-    max_pixels: Annotated[int, typer.Option(min=1, help="The largest picture that is taken.")] = 20_000_000,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, metavar="N", help="The largest picture that is taken.")
+    ] = 20_000_000,
     device: DeviceOption = "auto",
     dtype: PrecisionOption = Precision.float32,
 ) -> None:

@@ -68,7 +68,9 @@ CompareOption = Annotated[
         help="Evaluate this model as well, and draw it beside, such as the one before fine-tuning.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of the choice of random images, and of --validation-split.")]
+SeedOption = Annotated[
+    int, typer.Option(min=0, metavar="N", help="Of the choice of random images, and of --validation-split.")
+]
 ClassesOption = Annotated[
     str | None,
     typer.Option(

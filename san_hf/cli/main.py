@@ -15,6 +15,7 @@ from san_hf.cli.console import expected_errors, replace_unprintable, show, show_
 from san_hf.cli.convert import convert
 from san_hf.cli.evaluate import evaluate
 from san_hf.cli.export import export
+from san_hf.cli.help import Command, Group
 from san_hf.cli.prepare import prepare
 from san_hf.cli.push import push
 from san_hf.cli.results import results
@@ -27,19 +28,20 @@ from san_hf.version import __version__
 COMMANDS: dict[str, Callable[..., None]] = {
     "segment": segment,
     "video": video,
-    "convert": convert,
-    "export": export,
-    "prepare": prepare,
+    "app": run_app,
     "train": train,
     "evaluate": evaluate,
-    "push": push,
     "results": results,
+    "push": push,
     "adapters": adapters,
-    "app": run_app,
+    "export": export,
+    "prepare": prepare,
+    "convert": convert,
 }
 
 app = typer.Typer(
     name="san-hf",
+    cls=Group,
     help="Open-vocabulary semantic segmentation with SAN: name what to look for, in plain words, and get a label for "
     "every pixel.",
     no_args_is_help=True,
@@ -70,4 +72,4 @@ def main(
 
 for name, command in COMMANDS.items():
     # The app alone has something to do without being told more.
-    app.command(name, no_args_is_help=command is not run_app)(expected_errors(command))
+    app.command(name, cls=Command, no_args_is_help=command is not run_app)(expected_errors(command))

@@ -44,6 +44,7 @@ ThresholdOption = Annotated[
     typer.Option(
         min=0,
         max=1,
+        metavar="SCORE",
         show_default=False,
         help='Pixels whose confidence is lower (0 to 1) become "other"; in an evaluation, they are wrong.',
     ),
@@ -70,7 +71,9 @@ ColorsOption = Annotated[
 DeviceOption = Annotated[
     str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.")
 ]
-PrecisionOption = Annotated[Precision, typer.Option("--dtype", help="Precision to compute in.")]
+PrecisionOption = Annotated[
+    Precision, typer.Option("--dtype", metavar="DTYPE", help="Precision to compute in: float32, bfloat16 or float16.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run has written.")]
 OutputFolderOption = Annotated[
     Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where to write. It is made if need be.")

@@ -91,6 +91,7 @@ def segment(
         typer.Option(
             "--format",
             "-f",
+            metavar="FORMAT",
             help="What to write; may be repeated. overlay: the image, tinted, with names and a legend. mask: the "
             "regions in plain colours. json: names, shares of pixels and colours. png-labels: one number per pixel, "
             "and the json that explains them; npy: the same for NumPy. confidence: how sure each pixel's name is, "
@@ -98,6 +99,10 @@ def segment(
             "its colours and its place on the map.",
         ),
     ] = [Format.overlay],  # type: ignore[attr-defined]  # noqa: B006  # dynamic
+    tile: TileOption = None,
+    overlap: OverlapOption = None,
+    bands: BandsOption = None,
+    value_range: RangeOption = None,
     overwrite: OverwriteOption = False,
     resume: Annotated[
         bool,
@@ -109,10 +114,6 @@ def segment(
     ] = False,
     allow_urls: AllowUrlsOption = False,
     shard: ShardOption = None,
-    tile: TileOption = None,
-    overlap: OverlapOption = None,
-    bands: BandsOption = None,
-    value_range: RangeOption = None,
     templates: TemplatesOption = None,
     save_vocabulary: SaveVocabularyOption = None,
     device: DeviceOption = "auto",

@@ -108,8 +108,9 @@ RangeOption = Annotated[
 RuntimeOption = Annotated[
     Runtime | None,
     typer.Option(
+        metavar="RUNTIME",
         show_default=False,
-        help="Run a folder that san-hf export wrote, in the open form, which --model then names, on this runtime.",
+        help="Run a folder that san-hf export wrote, in the open form, which --model then names, by onnx or openvino.",
     ),
 ]
 SaveVocabularyOption = Annotated[

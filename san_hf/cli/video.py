@@ -75,6 +75,7 @@ def video(
         typer.Option(
             min=0,
             max=1,
+            metavar="WEIGHT",
             help="Against flicker: how much the class scores of each earlier frame count in the average of which a "
             "label is chosen, compared with the next one's. 0.5 calms most of it. Nothing is carried over a cut.",
         ),
@@ -83,6 +84,7 @@ def video(
     fps: Annotated[
         float | None,
         typer.Option(
+            metavar="FPS",
             show_default=False,
             help="Frames per second of an image sequence: its overlays become a video. Without, they stay images.",
         ),
@@ -99,6 +101,7 @@ def video(
         typer.Option(
             "--format",
             "-f",
+            metavar="FORMAT",
             help="What to write; may be repeated. overlay: the video, tinted, with a legend. mask: the regions in "
             "plain colours. png-labels: an image for each frame, one number per pixel, and the json that explains "
             "them. json: names, shares of pixels and colours, and a line for each frame.",

@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from san_hf.cli import app, console
+from san_hf.cli.help import GROUPS
 from san_hf.cli.main import COMMANDS
 from san_hf.cli.vocabulary_options import templates_of_options
 from san_hf.modeling.prompts_san import PROMPT_TEMPLATES
@@ -36,6 +39,7 @@ def test_segment_does_without_data_sets(tmp_path):
 import sys
 from typer.testing import CliRunner
 from san_hf.cli import app
+from san_hf.cli.help import GROUPS
 arguments = ["segment", {str(photo)!r}, "--classes", "a,b", "--output", {str(tmp_path)!r}]
 result = CliRunner().invoke(app, arguments)
 assert result.exit_code == 0, result.output
@@ -50,6 +54,7 @@ def test_help_and_version_import_nothing_heavy():
 import json, sys
 from typer.testing import CliRunner
 from san_hf.cli import app
+from san_hf.cli.help import GROUPS
 from san_hf.cli.main import COMMANDS
 loaded = {{}}
 for arguments in (["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)):
@@ -107,6 +112,16 @@ def test_help(command):
     assert result.exit_code == 0
     assert "For example: san-hf " in result.output or f"san-hf {command} --config" in result.output
     assert "Error" not in result.output
+    assert "bool" not in result.output.lower()
+
+
+def test_help_is_in_groups():
+    """Catches one list of thirty options, and a group of options that there aren't."""
+    output = CliRunner().invoke(app, ["segment", "--help"], env={"COLUMNS": "80"}).output
+    titles = [re.search(r"─ (.+?) ─", line)[1] for line in output.splitlines() if "╭" in line]
+    assert titles == ["Arguments", "Options", "Words", "Large images and maps", "Running"]
+    known = {parameter.name for command in get_command(app).commands.values() for parameter in command.params}
+    assert {name for names in GROUPS.values() for name in names.split()} <= known
 
 
 def test_version():
