@@ -35,7 +35,6 @@ from .adapter_folder_san import (
 )
 from .base_clip_san import check_base, describe_differences, load_base, record_base, select_clip
 from .card_san import CARD_FILE, is_hub_id, known_card, new_card, write_card
-from .clip_recognition_san import prepare_clip
 from .configuration_san import SANConfig
 from .processing_san import SANProcessor
 
@@ -388,9 +387,6 @@ class SideAdapterMixin(PreTrainedModel):
         with torch.device("meta"):
             other = type(self)(config)
         other._share_clip(self)
-        first = min(config.recognition_layer, *(m.config.recognition_layer for m in self._models()))
-        # Where there are no recognition tokens, the hooked attention is CLIP's own.
-        prepare_clip(self.model.vision_model, first)
         return other
 
     def _share_clip(self, owner: Any) -> None:

@@ -24,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip import modeling_clip
 from transformers.models.clip.modeling_clip import eager_attention_forward
 
+from .fast_linear_san import attention_function
 from .positions_san import PositionResizer
 
 
@@ -44,7 +45,7 @@ def recognition_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention of a deep CLIP layer over [class, patches, R recognition tokens], or, of the last one, of the recognition
+    Attention of a CLIP layer over [class, patches, R recognition tokens], or, of the last one, of the recognition
     tokens alone.
 
     Args:
@@ -61,9 +62,9 @@ def recognition_attention_forward(
     Returns:
         (B, 1 + N + R or R, h, head_dim), and no weights.
     """
-    deep_config = cast(CLIPVisionConfig, module.config)  # made by `prepare_clip`
-    implementation = deep_config.image_config._attn_implementation
-    image_attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    layer_config = cast(CLIPVisionConfig, module.config)  # made by `prepare_clip`
+    implementation = layer_config.image_config._attn_implementation
+    image_attention = attention_function(implementation)
     if attention_mask is None:
         return image_attention(module, query, key, value, None, scaling=scaling, dropout=dropout, **kwargs)
     outputs = []
@@ -95,23 +96,23 @@ def recognition_attention_forward(
 AttentionInterface.register(RECOGNITION_ATTENTION, recognition_attention_forward)
 
 
-def prepare_clip(vision_model: CLIPVisionModel, recognition_layer: int) -> None:
+def prepare_clip(vision_model: CLIPVisionModel) -> None:
     """
-    Makes the deep layers of a stock `CLIPVisionModel` use [`recognition_attention_forward`], and its embeddings
+    Makes the layers of a stock `CLIPVisionModel` use [`recognition_attention_forward`], and its embeddings
     [`CLIPVisionEmbeddings`], in place.
 
-    Transformers picks a layer's attention function by its configuration. The deep layers get a copy that names ours and
+    Transformers picks a layer's attention function by its configuration. The layers get a copy that names ours and
     remembers the model's own (`image_config`), so that `set_attn_implementation` still decides how the image tokens
-    attend, at any time.
+    attend, at any time. Where there are no recognition tokens, as in shallow layers, that is CLIP's own attention.
     """
     embeddings: Any = vision_model.embeddings
     if not isinstance(embeddings, CLIPVisionEmbeddings):
         embeddings.__class__, embeddings.resize = CLIPVisionEmbeddings, PositionResizer()
-    deep_config: Any = copy.copy(vision_model.config)
-    deep_config._attn_implementation = RECOGNITION_ATTENTION
-    deep_config.image_config = vision_model.config
-    for layer in vision_model.encoder.layers[recognition_layer:]:
-        layer.get_submodule("self_attn").config = deep_config
+    layer_config: Any = copy.copy(vision_model.config)
+    layer_config._attn_implementation = RECOGNITION_ATTENTION
+    layer_config.image_config = vision_model.config
+    for layer in vision_model.encoder.layers:
+        layer.get_submodule("self_attn").config = layer_config
 
 
 class CLIPVisionEmbeddings(modeling_clip.CLIPVisionEmbeddings):

@@ -1,17 +1,21 @@
-"""Float32 linear layers on a CPU by the library that is faster there, where it is as exact.
+"""Float32 linear layers on a CPU by the library that is faster there, where it is as exact; and attention that uses it.
 
 PyTorch sends float32 products to MKL, which runs at half speed on processors that aren't Intel's, unless it is told
 that less precision will do: then they go to oneDNN. What oneDNN makes of that leave depends on the processor: with
 bfloat16 matrix units (AMX) it takes it, elsewhere it computes in float32 as before. So the error is measured.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.clip.modeling_clip import eager_attention_forward
 
 
 # Of a product's largest value. Float32 gives about 1e-6, TF32 5e-4, bfloat16 4e-3.
@@ -63,12 +67,34 @@ def small_products() -> Iterator[None]:
                 _set_precision(setting)
 
 
-def attention_dtype(states: torch.Tensor) -> torch.dtype:
+def attention_function(implementation: str) -> Callable[..., Any]:
     """
-    The dtype in which attention among thousands of tokens is computed soonest: float32 for half precision on a CPU
-    without matrix units for it, where PyTorch's kernel takes 1.5 times as long in bfloat16. It is more exact, too.
-    Unchanged where gradients are kept, which would take twice the memory, under autocast and when compiled.
+    Transformers' attention function of this name. "sdpa" computes half precision in float32 on a CPU without matrix
+    units for it, where PyTorch's kernel takes 1.5 to 1.8 times as long in bfloat16; that is more exact, too. Not so
+    where gradients are kept, which would take twice the memory, under autocast, and when compiled.
     """
+    return _sdpa if implementation == "sdpa" else _named(implementation)
+
+
+def _named(implementation: str) -> Callable[..., Any]:
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+
+
+def _sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    dtype = _attention_dtype(query)
+    states = (query.to(dtype), key.to(dtype), value.to(dtype))
+    output, _ = _named("sdpa")(module, *states, attention_mask, **kwargs)
+    return output.to(query.dtype), None
+
+
+def _attention_dtype(states: torch.Tensor) -> torch.dtype:
     if states.device.type != "cpu" or states.dtype not in (torch.bfloat16, torch.float16):
         return states.dtype
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):

@@ -252,7 +252,7 @@ class SANModel(SANPreTrainedModel):
         vision_config = config.clip_vision_config
         # By itself it would take the dtype that its own configuration was saved with, whatever was asked for.
         self.vision_model = CLIPVisionModel._from_config(vision_config, dtype=torch.get_default_dtype())
-        prepare_clip(self.vision_model, config.recognition_layer)
+        prepare_clip(self.vision_model)
         self.visual_projection = nn.Linear(vision_config.hidden_size, config.clip_embed_dim, bias=False)
         self.side_adapter = SideAdapter(config)
         self.mask_decoder = MaskDecoder(config)

@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.clip.modeling_clip import eager_attention_forward
 
 from .configuration_san import SANConfig
-from .fast_linear_san import attention_dtype
+from .fast_linear_san import attention_function
 from .positions_san import PositionResizer
 
 
@@ -54,12 +52,12 @@ class SideAdapterAttention(nn.Module):
         batch_size, num_tokens, _ = hidden_states.shape
         # (B, T, 3 Ca) -> 3 x (B, heads, T, head_dim)
         qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.to(attention_dtype(qkv)).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         # Only eager attention has weights to return.
         implementation = "eager" if output_attentions else self.config._attn_implementation
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attention = attention_function(implementation)
         attended, weights = attention(self, query, key, value, None, scaling=self.scaling)  # (B, T, heads, head_dim)
-        return self.proj(attended.reshape(batch_size, num_tokens, -1).to(qkv.dtype)), weights
+        return self.proj(attended.reshape(batch_size, num_tokens, -1)), weights
 
 
 class SideAdapterMLP(nn.Module):
