@@ -61,9 +61,12 @@ def load_complete(
     hub_options = hub_options or {}
     saved = SANConfig.get_config_dict(location, **hub_options)[0]
     if (model_type := saved.get("model_type")) != SANConfig.model_type:
+        models = (os.path.join(location, name) for name in ("best", "final"))
+        inside = next((model for model in models if os.path.isfile(os.path.join(model, "config.json"))), None)
+        hint = f" It is a training's output, and holds one: '{inside}'." if inside else ""
         raise ModelError(
             f"'{location}' is no SAN: expected a config.json of model_type {SANConfig.model_type!r}, got "
-            f"{model_type!r}."
+            f"{model_type!r}.{hint}"
         )
     clip_config = saved.get("clip_config") or {}
     lacking = [name for name in CONFIG_FIELDS if name not in saved and name not in kwargs]

@@ -72,7 +72,7 @@ def report_missing(sources: list[tuple[str, Path]], classes: list[str] | None, q
         show(f"Error: {printable(source)}: there is no such file.", error=True)
     words = [source for source in missing if not Path(source).suffix and os.sep not in source]
     if words and classes and not quiet:
-        names = ", ".join([*classes, *words])
+        names = ", ".join(name.rstrip(", ") for name in [*classes, *words])
         show(f'Several class names are separated by commas, in quotes: --classes "{printable(names)}"', error=True)
     if len(missing) == len(sources) or (words and classes):
         raise typer.Exit(2)

@@ -129,7 +129,7 @@ def _describe_mode(image: Image.Image) -> str:
     if image.mode in ("RGB", "RGBA"):
         red, green, blue = np.moveaxis(np.asarray(image.convert("RGB")), 2, 0)
         if (red == green).all() and (green == blue).all():
-            return f"{message}. Its three channels are equal: save one of them"
+            return f"{message}. Its three channels are equal: save one of them, in Pillow image.getchannel(0)"
     return (
         f"{message}. If colours stand for the classes, say which by label_palette: a file of colours and classes, "
         "voc, cityscapes, or binary for black and white"

@@ -610,6 +610,6 @@ def test_class_names_without_commas(run, photo, monkeypatch):
     """Catches a second class taken for an image, and a model that is loaded before that is said."""
     photo.save("photo.png")
     monkeypatch.setattr("san_hf.cli.segment.load_segmenter", None)
-    result = run("photo.png", "grass", classes="cat", status=2)
+    result = run("photo.png", "grass", classes="cat,", status=2)
     assert "Error: grass: there is no such file" in result.output and '--classes "cat, grass"' in result.output
     run("missing.png", classes="cat", status=2)

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from san_hf import from_pretrained
 from san_hf import hub as san_hub
 from san_hf.conversion import HUB_REPO, ConversionError, convert_state_dict, read_original
 from san_hf.hub import resolve
+from san_hf.loading import ModelError
 from tests.hub.conftest import ALIAS
 
 
@@ -24,6 +26,14 @@ def test_names_that_stay(tmp_path, monkeypatch):
     (tmp_path / ALIAS).mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve(ALIAS) == ALIAS  # the folder is meant
+
+
+def test_the_output_of_a_training(tmp_path):
+    """Catches a folder with a model in it that is called none, and no word on where the model is."""
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="It is a training's output, and holds one: '.*best'"):
+        from_pretrained(tmp_path)
 
 
 def test_download_convert_keep(hub, connect, tmp_path):
