@@ -206,8 +206,8 @@ SPOILERS = {
     "the image can't be read: (the file is empty|cannot identify)": lambda image, label: image.write_bytes(b""),
     "the image can't be read: cannot identify": lambda image, label: image.write_bytes(b"no image at all"),
     "the label map can't be read: cannot identify": lambda image, label: label.write_bytes(b"no image at all"),
-    r"the label map can't be read: got a RGB image, expected one label per pixel\. .* image\.getchannel\(0\)": lambda image, label: (
-        Image.new("RGB", (30, 20)).save(label)
+    r"the label map can't be read: got a RGB image, expected one label .* image\.getchannel\(0\)": (
+        lambda image, label: Image.new("RGB", (30, 20)).save(label)
     ),
     "the label map is 20 x 30 pixels, its image, upright, 30 x 20": lambda image, label: write_png(
         label, bands([1, 2], size=(20, 30))
