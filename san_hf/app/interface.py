@@ -26,6 +26,7 @@ from san_hf.app.views import (
     legend_html,
     write_downloads,
 )
+from san_hf.cards import load_facts
 from san_hf.devices import OUT_OF_MEMORY
 from san_hf.extras import import_extra
 from san_hf.hub.names import EMBEDDED_MODEL, EMBEDDED_NOTE
@@ -77,7 +78,7 @@ def build_interface(models: Models, limits: Limits, examples: Sequence[str] | No
                     height=320,
                     elem_id="picture",
                 )
-                gr.Examples(list(examples or [str(SAMPLE)]), picture, label="Examples", api_visibility="private")
+                gr.Examples(list(examples or [str(SAMPLE)]), picture, label=_about(examples), api_visibility="private")
                 tags = gr.Dropdown(
                     [],
                     multiselect=True,
@@ -259,6 +260,12 @@ def serve(
         pass
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def _about(examples: Sequence[str] | None) -> str:
+    """What is said over the examples: of our own, the words that it is for."""
+    words = ", ".join(load_facts(EMBEDDED_MODEL)["sample_classes"])
+    return "Examples" if examples else f"Example, for the words: {words}"
 
 
 @contextmanager

@@ -229,7 +229,7 @@ def segment_parts(parts: VideoParts, done: int, segmenter: "FrameSegmenter", eve
         if broken is None:
             parts.finish(number)
         for path in (*parts.files, *parts.folders.values()):
-            show(f"{count} frames -> {printable(path)}")
+            show(f"{count} frame{'s' if count != 1 else ''} -> {printable(path)}")
         print_legend(legend, short=False)
     elif broken is None:
         fail("There is no frame to segment.")

@@ -44,7 +44,8 @@ def test_what_the_embedded_model_is_for(models, predictor):
     """Catches visitors who give it photographs, and take the answer for the method's."""
     assert EMBEDDED_NOTE not in str(build_interface(models, LIMITS).get_config_file())
     models.add(EMBEDDED_MODEL, predictor)
-    assert EMBEDDED_NOTE in str(build_interface(models, LIMITS).get_config_file())
+    config = str(build_interface(models, LIMITS).get_config_file())
+    assert EMBEDDED_NOTE in config and "Example, for the words: blue bird, orange house" in config
 
 
 def test_a_visit(page, predictor, pictures, passes):

@@ -260,7 +260,7 @@ def test_sources_that_cannot_be_read(run):
     Path("shots/1.png").write_text("no image")
     assert "not an image" in run(source="shots", status=2)
     noise(1)[0].save("shots/0.png")
-    assert "1 frames -> outputs/shots.overlay" in run("--overwrite", source="shots", status=1)
+    assert "1 frame -> outputs/shots.overlay" in run("--overwrite", source="shots", status=1)
     noise(1, (64, 32))[0].save("shots/1.png")
     assert "must be of one size" in run("--overwrite", "--fps", "5", "-f", "mask", source="shots", status=2)
 
