@@ -1,6 +1,5 @@
 """`san-hf app`."""
 
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +57,9 @@ def run_app(
     # Before a model is loaded; it is imported when it has been told of its folder.
     if find_spec("gradio") is None:
         import_extra("gradio", "app", "The app")
+    if EMBEDDED_MODEL in model:
+        show(Text(EMBEDDED_NOTE, style="yellow"))
+    show(f"Loading {printable(', '.join([*model, *(adapter or [])]))} ...")
     import torch
 
     from san_hf.app.interface import serve
@@ -70,12 +72,9 @@ def run_app(
     if offered == []:
         fail(f"There is no image in the folder '{printable(examples)}'.")  # type: ignore[arg-type]  # it is given
     models = Models.load(model, adapter or [], device=pick_device(device), dtype=getattr(torch, dtype.value))
-    show_address = partial(show_page, models.names)
     serve(models, Limits(pixels=max_pixels), offered, host=host, port=port, ready=show_address)
 
 
-def show_page(models: list[str], address: str) -> None:
-    """Where the page is, and what it can do."""
-    if EMBEDDED_MODEL in models:
-        show(Text(EMBEDDED_NOTE, style="yellow"))
+def show_address(address: str) -> None:
+    """Where the page is."""
     show(f"Open {address} in a browser; Ctrl-C ends the app.")
