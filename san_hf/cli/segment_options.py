@@ -31,6 +31,7 @@ ClassesOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAMES",
+        show_default=False,
         help='What to look for, separated by commas: "cat, grass, sky". A name with a comma goes in double '
         "quotes. Or a benchmark's name, such as voc, for its class names, or a file that --save-vocabulary wrote. "
         "Every pixel gets one of these names, so name the background, too, or use --expand. "
@@ -41,6 +42,7 @@ ClassesFileOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
+        show_default=False,
         help="What to look for, from a file: text with one name a line; JSON, a list or mapping; or "
         "a vocabulary's, .safetensors.",
     ),
