@@ -29,7 +29,7 @@ from san_hf.files import (
 from san_hf.paths import folder_name
 
 
-posix_only = pytest.mark.skipif(sys.platform == "win32", reason="modes, links, locks and SIGKILL are POSIX's")
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX's modes, links, locks and SIGKILL")
 
 
 def names(folder: Path) -> list[str]:
@@ -337,7 +337,7 @@ def test_killed_at_any_moment_while_a_folder_is_replaced(tmp_path, monkeypatch, 
     if not exchange:  # as on systems and file systems that can't
         monkeypatch.setattr(files, "renameat2", None)
     elif files.renameat2 is None:
-        pytest.skip("no renameat2 here")
+        pytest.skip("needs renameat2")
 
     def replace(name: str):
         with new_folder(tmp_path / "folder") as folder:

@@ -15,7 +15,7 @@ from san_hf.locks import InUseError, locked
 from tests.test_files import in_a_process
 
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and SIGKILL are POSIX's")
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX's locks and SIGKILL")
 TASK = "A training in 'run'"
 
 

@@ -29,7 +29,7 @@ def page_out_mapped(path: str) -> tuple[list[int], bool]:
     return sizes, float(linear.weight.double().sum()) == total
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have nothing of the kind")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's madvise")
 def test_mapped_weights_leave_the_memory(tmp_path):
     """Catches advice for the wrong addresses, and weights that are lost by it."""
     path = str(tmp_path / "weights.safetensors")

@@ -33,7 +33,7 @@ def test_frames_and_times(tmp_path):
 def test_rotation(tmp_path, rotation):
     """Catches a phone's upright video that is segmented lying, or turned the wrong way."""
     if not hasattr(av.video.stream.VideoStream, "set_display_rotation"):
-        pytest.skip("this PyAV can't write a display matrix: needs version 17.1 or later")
+        pytest.skip("needs PyAV 17.1 or later, to write a display matrix")
     image = noise(1)[0]
     path = write_clip(tmp_path / "clip.mov", [image], codec="png", pix_fmt="rgb24", rotation=rotation)
     (frame,) = open_frames(path)

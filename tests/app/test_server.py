@@ -17,7 +17,7 @@ from san_hf.inference import Segmenter
 from tests.app.visitor import Visitor
 
 
-pytest.importorskip("gradio", reason="gradio isn't installed: pip install 'san_hf[app]'")
+pytest.importorskip("gradio", reason="needs gradio: pip install 'san_hf[app]'")
 
 from san_hf.app.interface import build_interface, launched
 

@@ -3,9 +3,20 @@
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from san_hf.cli import app
 from san_hf.modeling import SANImageProcessor, SANProcessor
 from tests.tiny import segmenting_model, tiny_tokenizer
+
+
+def run_command(*arguments: str, status: int = 0, stdin: bytes | None = None) -> str:
+    """What `san-hf` says, whose status has to be this one; errors that aren't the command's own are raised."""
+    result = CliRunner().invoke(app, arguments, input=stdin, env={"COLUMNS": "300"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result.output
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_without_gradio(monkeypatch):
 )
 def test_refusals(tmp_path, arguments, message):
     """Catches an app that starts without what it was to show."""
-    pytest.importorskip("gradio", reason="gradio isn't installed: pip install 'san_hf[app]'")
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'san_hf[app]'")
     result = CliRunner().invoke(app, ["app", *(word.format(folder=tmp_path) for word in arguments)])
     assert result.exit_code == 2 and message in result.output and result.output.count("Error:") == 1
 
@@ -51,7 +51,7 @@ def test_refusals(tmp_path, arguments, message):
 @pytest.mark.slow
 def test_start_and_end(tmp_path):
     """Catches an app that listens to other machines, calls home, ends with a stack trace or leaves files behind."""
-    pytest.importorskip("gradio", reason="gradio isn't installed: pip install 'san_hf[app]'")
+    pytest.importorskip("gradio", reason="needs gradio: pip install 'san_hf[app]'")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "san_hf", "app", "--port", "0"]
     process = subprocess.Popen(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: ru_maxrss is in other units elsewhere")
 MODEL = Path(str(files("san_hf"))) / "checkpoints" / "picture-book"
 IMAGE = MODEL / "sample.png"
 LETTERS = "a" * 1_000_000

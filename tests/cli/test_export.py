@@ -128,5 +128,5 @@ def test_in_an_environment_of_its_own(closed_folder, photo, tmp_path):
     packages = ["numpy", "pillow", "onnxruntime"]
     command = [python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *packages]
     if subprocess.run(list(map(str, command)), capture_output=True).returncode:
-        pytest.skip("no package index in reach")
+        pytest.skip("needs a package index")
     run_example(closed_folder, tmp_path / "photo.png", tmp_path / "labels.png", python, blocked=())

@@ -29,7 +29,7 @@ def full_size(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: ru_maxrss is in other units elsewhere")
 @pytest.mark.parametrize("size, most", [((4000, 3000), 1.2e9), ((8192, 6144), 1.8e9)])
 def test_peak_memory_of_a_job(full_size, size, most, tmp_path):
     """Catches a map of all scores, a second copy of the weights, and drawings that are copied again and again."""

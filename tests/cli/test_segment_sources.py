@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from san_hf import fetch
-from san_hf.cli import app
+from tests.cli.conftest import run_command
 
 
 @pytest.fixture
@@ -25,11 +24,7 @@ def run(model_folder, photo, tmp_path, monkeypatch):
 
     def run(*arguments, status=0, stdin=None):
         options = ["--model", str(model_folder), "--classes", "cat, grass, sky", "-f", "png-labels"]
-        result = CliRunner().invoke(app, ["segment", *arguments, *options], input=stdin, env={"COLUMNS": "300"})
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == status, result.output
-        return result.output
+        return run_command("segment", *arguments, *options, status=status, stdin=stdin)
 
     return run
 
@@ -67,7 +62,7 @@ def test_standard_input(run, monkeypatch):
     assert "it has more than" in run("-", "--overwrite", stdin=Path("photo.png").read_bytes(), status=2)
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="there are no pseudo-terminals here")
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
 def test_a_terminal_is_no_image(tmp_path):
     """Catches a command that waits for a terminal for ever."""
     ours, theirs = os.openpty()

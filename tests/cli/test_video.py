@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from san_hf.cli import app, video_parts
 from san_hf.inference import Predictor, Segmenter, segment_frames
 from san_hf.locks import locked
+from tests.cli.conftest import run_command
 from tests.cli.test_bounds import MEASURE
 from tests.videos import noise, read_clip, write_clip
 
@@ -38,11 +39,7 @@ def run(model_folder, tmp_path, monkeypatch):
 
     def run(*arguments, source="clip.mkv", status=0, classes="cat, grass, sky"):
         options = [source, "--model", str(model_folder), "--classes", classes]
-        result = CliRunner().invoke(app, ["video", *options, *arguments], env={"COLUMNS": "300"})
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
-        assert result.exit_code == status, result.output
-        return result.output
+        return run_command("video", *options, *arguments, status=status)
 
     return run
 
@@ -276,7 +273,7 @@ def test_without_pyav(run, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: ru_maxrss is in other units elsewhere")
 def test_memory_does_not_grow(model_folder, tmp_path):
     """Catches frames, label maps or packets that are kept: of ten times as many frames, the peak of memory."""
     peaks = []
@@ -294,7 +291,7 @@ def test_memory_does_not_grow(model_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_a_killed_run_goes_on(model_folder, tmp_path):
     """Catches results that a kill -9 in the middle changes: real processes, parts of the real size."""
     clip = write_clip(tmp_path / "clip.mkv", noise(200, (96, 64)))

@@ -430,7 +430,7 @@ def test_outputs_that_cannot_be(ade, tmp_path):
         prepare_benchmark("cityscapes", ade, tmp_path / "set")
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="needs a user other than root")
 def test_read_only_output(ade, output):
     """Catches a stack trace where nothing may be written."""
     output.mkdir(parents=True)
@@ -516,7 +516,7 @@ def processes():
     return context
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_killed_at_any_moment(processes, ade, output, tmp_path):
     """Catches a half-written file under a final name, finished shards that are made again, and a set that differs from
     one whose making was never interrupted."""
@@ -551,7 +551,7 @@ def test_killed_at_any_moment(processes, ade, output, tmp_path):
     assert moment == 1 + 2 * 3 + 2 * 2 + 3 * 2
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks for processes in /proc")
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc, where it looks for processes")
 def test_several_processes(processes, ade, output, tmp_path):
     """Catches images that several processes put in another order, progress that doesn't reach its end, workers that
     live on when their parent is killed, and a worker's death that hangs or is passed over."""

@@ -723,7 +723,7 @@ def test_full_disk(loaded, data, tmp_path, monkeypatch):
     assert state.read_bytes() == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root writes anywhere")
+@pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="needs a user other than root")
 def test_read_only_output(command, tmp_path):
     """Catches a stack trace where the output can't be written."""
     (tmp_path / "locked").mkdir(mode=0o500)

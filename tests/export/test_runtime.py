@@ -56,7 +56,7 @@ def test_two_steps(exported, model, processor, images, monkeypatch):
     assert len(shapes) == 3
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's list of a process's memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc/self/maps")
 def test_signals_after_graphs_are_gone(exported):
     """Catches a stack for signals that is no longer mapped, once runners have gone in the order in which they came."""
     vision = [ExportedVision(exported("openvino", "open"), "openvino") for _ in range(2)]

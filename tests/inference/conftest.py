@@ -8,6 +8,20 @@ from san_hf.modeling import SANImageProcessor, SANProcessor
 from tests.tiny import segmenting_model, tiny_tokenizer
 
 
+SAMPLE = "san_hf/checkpoints/picture-book/sample.png"
+
+
+def four_pages(width: int, height: int) -> Image.Image:
+    """A page's sample four times, (width, height), each turned otherwise, so that windows are unlike each other."""
+    with Image.open(SAMPLE) as file:
+        page = file.convert("RGB").resize((width // 2, height // 2))
+    picture = Image.new("RGB", (width, height))
+    places = [(0, 0), (width // 2, 0), (0, height // 2), (width // 2, height // 2)]
+    for number, place in enumerate(places):
+        picture.paste(page.rotate(90 * number), place)
+    return picture
+
+
 @pytest.fixture(scope="module")
 def model():
     return segmenting_model()

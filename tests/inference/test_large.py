@@ -19,13 +19,13 @@ from san_hf.inference.writers import WRITERS
 from san_hf.modeling import SANModel
 from san_hf.rasters import Georeference, Raster
 from tests.cli.test_bounds import MEASURE
+from tests.inference.conftest import SAMPLE, four_pages
 
 
 rasterio = pytest.importorskip("rasterio", reason="needs rasterio")
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
 shapely = pytest.importorskip("shapely", reason="needs shapely")
 NAMES = ["sky", "grass", "house", "tree", "water"]
-SAMPLE = "san_hf/checkpoints/picture-book/sample.png"
 ALL = list(WRITERS)
 UTM = {"crs": "EPSG:32632", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 5_500_000)}
 
@@ -37,13 +37,8 @@ def whole() -> Segmenter:
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """A page's sample four times, (350, 400, 3), whose windows are unlike each other."""
-    with Image.open(SAMPLE) as file:
-        page = file.convert("RGB").resize((200, 175))
-    picture = Image.new("RGB", (400, 350))
-    for number, place in enumerate([(0, 0), (200, 0), (0, 175), (200, 175)]):
-        picture.paste(page.rotate(90 * number), place)
-    return np.asarray(picture)
+    """(350, 400, 3)."""
+    return np.asarray(four_pages(400, 350))
 
 
 def write(path, pixels, **options):
@@ -338,7 +333,7 @@ def test_command(whole, small, pixels, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: ru_maxrss is in other units elsewhere")
 def test_peak_memory(tmp_path):
     """An image, labels or confidences that are whole in memory: 108 million pixels, of 9 bytes together."""
     small = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)

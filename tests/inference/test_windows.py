@@ -11,10 +11,10 @@ from san_hf.cli import app
 from san_hf.inference.windows import Windows
 from san_hf.modeling import SANModel
 from san_hf.modeling.label_maps_san import label_pixels
+from tests.inference.conftest import four_pages
 
 
 NAMES = ["sky", "grass", "house", "tree", "water"]
-SAMPLE = "san_hf/checkpoints/picture-book/sample.png"
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,7 @@ def segmenter() -> Segmenter:
 
 @pytest.fixture(scope="module")
 def picture() -> Image.Image:
-    """A page's sample four times, 320 x 352, whose windows are unlike each other."""
-    with Image.open(SAMPLE) as file:
-        page = file.convert("RGB").resize((176, 160))
-    picture = Image.new("RGB", (352, 320))
-    for number, place in enumerate([(0, 0), (176, 0), (0, 160), (176, 160)]):
-        picture.paste(page.rotate(90 * number), place)
-    return picture
+    return four_pages(352, 320)
 
 
 def windowed(segmenter, tile, overlap=None, **options) -> Segmenter:

@@ -78,7 +78,7 @@ def test_resized_pixels_are_the_originals():
         assert torch.equal(ours, expected)
 
 
-@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision does not import here")
+@pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
 def test_torchvision_resizes_alike():
     """torchvision's antialiased uint8 resize rounds its weights otherwise than PIL: one level in under 1 % of bytes."""
     assert SANImageProcessor().backend == "torchvision"
@@ -773,7 +773,7 @@ def peak_memory(height, width, num_classes) -> tuple[float, float]:
     return before / 1e6, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: ru_maxrss is in other units elsewhere")
 def test_memory():
     """847 classes on a third of a megapixel, 1.1 GB as float scores: a dense map, even in half, would show."""
     ((before, after),) = Run(peak_memory, 500, 666, 847).outcomes()
@@ -781,7 +781,7 @@ def test_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: ru_maxrss is in other units elsewhere")
 @pytest.mark.parametrize("num_classes", [847, 10_000])
 def test_memory_of_large_photos(num_classes):
     """12 megapixels, with 847 classes (41 GB as float scores) and with 10,000: under 2.5 GB more than before."""

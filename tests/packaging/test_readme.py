@@ -21,7 +21,7 @@ def test_the_readme_is_short():
 def test_the_demo_runs(tmp_path, monkeypatch):
     """Catches a `make demo` that fails, writes no picture, shows no legend, or asks for what the sample hasn't."""
     if shutil.which("make") is None:
-        pytest.skip("no make here")
+        pytest.skip("needs make")
     recipe = subprocess.run(["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (command,) = [line for line in recipe.replace("\\\n", " ").splitlines() if "san-hf segment" in line]
     words = shlex.split(command)

@@ -555,7 +555,7 @@ def test_failure_half_way(b16, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="locks and SIGKILL are POSIX's")
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX's locks and SIGKILL")
 def test_one_conversion_at_a_time(b16, tmp_path):
     """Catches two that write the same folder; what one that was killed has left is no obstacle."""
     output = tmp_path / "out"

@@ -384,7 +384,7 @@ def tracked(config: TrainingConfig, dies: bool) -> None:
 
 def test_tensorboard_has_each_evaluation_once(root, tmp_path):
     """Catches an evaluation that is repeated after a kill and then counts twice, or takes its step's losses along."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
     options = ("training.steps=4", "training.batch_size=2", "evaluation.every=2", "evaluation.limit=1")
     output = tmp_path / "run"
     config = configure(root, output, *options, "logging.trackers=[tensorboard]", "evaluation.pictures=1")

@@ -64,8 +64,8 @@ def test_killed_run_is_tracked_once_and_whole(root, tmp_path, moment):
     W&B's file that a kill leaves without what was not yet written; the steps after the checkpoint, and an evaluation
     that nobody has noted, tracked twice; trackers that exist in the main process only.
     """
-    pytest.importorskip("wandb")
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("wandb", reason="needs wandb")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
     output, processes = tmp_path / "run", 2 if "second process" in moment else 1
     config = configure(
         root,

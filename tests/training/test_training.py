@@ -602,7 +602,7 @@ def with_trackers(config: TrainingConfig) -> Path:
 
 def test_tensorboard(root, tmp_path):
     """The figures of the log arrive at their steps, and example pictures with the evaluations."""
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
     options = ("logging.trackers=[tensorboard]", "training.steps=4", "evaluation.every=2", "evaluation.pictures=2")
     config = configure(root, tmp_path / "run", *options)
     (outcome,) = Run(with_trackers, config).outcomes()
@@ -626,7 +626,7 @@ def test_tensorboard(root, tmp_path):
 @pytest.mark.slow
 def test_wandb_offline(root, tmp_path):
     """Runs without network and account, and leaves a run that can be synced."""
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="needs wandb")
     options = ("logging.trackers=[wandb]", "training.steps=4", "evaluation.every=2", "evaluation.pictures=1")
     (outcome,) = Run(with_trackers, configure(root, tmp_path / "run", *options)).outcomes()
     assert outcome == tmp_path / "run" / "final", outcome
