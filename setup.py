@@ -81,6 +81,7 @@ setup(
         # Exporting to OpenVINO takes transformers 5.20 or later.
         "openvino": ["nncf>=3.0", "openvino>=2026.1"],
         "test": [
+            "gradio>=6.31",
             "av>=17.0",
             "nncf>=3.0",
             "onnx>=1.21",

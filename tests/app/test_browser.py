@@ -26,9 +26,9 @@ from san_hf.inference import Predictor
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 if CHROMIUM is None:
-    pytest.skip("there is no chromium here: apt install chromium, or set CHROMIUM", allow_module_level=True)
-pytest.importorskip("gradio", reason="gradio isn't installed: pip install 'san_hf[app]'")
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed: pip install playwright")
+    pytest.skip("needs chromium: apt install chromium, or set CHROMIUM", allow_module_level=True)
+pytest.importorskip("gradio", reason="needs gradio: pip install 'san_hf[app]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 
 
 pytestmark = pytest.mark.slow
