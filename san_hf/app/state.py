@@ -199,8 +199,15 @@ class Sessions:
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def of(self, key: str) -> Session:
-        """The session of a visitor, a new one for a new key."""
+    def of(self, key: str | None) -> Session:
+        """
+        The session of a visitor, a new one for a new key.
+
+        Raises:
+            ValueError: no key: all who come without one would share a session.
+        """
+        if not key:
+            raise ValueError("Got a question without a visitor's key: expected one that was asked from the page.")
         with self._lock:
             session = self._sessions.setdefault(key, Session(self.limits))
             self._sessions.move_to_end(key)

@@ -312,3 +312,10 @@ def save_as_adapter(model, processor, folder):
     clip.save_pretrained(folder / "clip")
     model.save_pretrained(folder / "second", adapter_only=True, base_model=str(folder / "clip"))
     processor.save_pretrained(folder / "second")
+
+
+@pytest.mark.parametrize("key", [None, ""])
+def test_visitors_without_a_key(key):
+    """Catches one session that all share who send no key."""
+    with pytest.raises(ValueError, match="without a visitor's key"):
+        Sessions(Limits()).of(key)
